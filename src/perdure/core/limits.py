@@ -84,8 +84,8 @@ def _checked(text: str, what: str, length: int) -> str:
     if not text.isprintable():
         at, wrong = next((at, letter) for at, letter in enumerate(text) if not letter.isprintable())
         raise ValueError(
-            f"{_capital(what)} has U+{ord(wrong):04X} at position {at}, which is not printable. Ids and names are shown "
-            "in logs, URLs and terminals. Remove that character."
+            f"{_capital(what)} has U+{ord(wrong):04X} at position {at}, which is not printable. Ids and names are "
+            "shown in logs, URLs and terminals. Remove that character."
         )
     return text
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from typing import Final
+from typing import Any, Final
 
 from .errors import NonRetryable, RetryAfter
 
@@ -118,7 +118,7 @@ def _wanted(retry_if: Callable[[Exception], object], error: Exception) -> bool:
 def add_note(error: BaseException, note: str) -> None:
     """`error.add_note(note)`, which Python 3.10 does not have."""
     try:
-        error.__notes__ = [*getattr(error, "__notes__", ()), note]
+        error.__dict__["__notes__"] = [*getattr(error, "__notes__", ()), note]
     except Exception:
         # An exception that takes no attributes goes without its note: showing the original one matters more.
         return
@@ -128,11 +128,11 @@ def exception_types(
     given: type[BaseException] | Iterable[type[BaseException]], what: str
 ) -> tuple[type[BaseException], ...]:
     """One exception type, or several, as a tuple. what: the setting, for the error's text."""
-    types = (given,) if isinstance(given, type) else tuple(given)
+    types: tuple[Any, ...] = (given,) if isinstance(given, type) else tuple(given)
     for item in types:
         if not isinstance(item, type) or not issubclass(item, BaseException):
             raise TypeError(
-                f"{what} takes exception types. {item!r} is none. Pass classes such as ValueError, not names or objects."
+                f"{what} takes exception types. {item!r} is none. Pass classes like ValueError, not names or objects."
             )
     return types
 
@@ -140,12 +140,13 @@ def exception_types(
 # --- durations and instants
 
 
-def duration(value: timedelta | float, what: str, *, negative: bool = False, zero: bool = True) -> timedelta:
-    """`value` as a timedelta, exact to the microsecond.
+def duration(given: timedelta | float, what: str, *, negative: bool = False, zero: bool = True) -> timedelta:
+    """`given` as a timedelta, exact to the microsecond.
 
-    value: a timedelta or a number of seconds. what: the setting, for the error's text.
+    given: a timedelta or a number of seconds. what: the setting, for the error's text.
     negative, zero: whether such a duration is allowed.
     """
+    value: Any = given  # Callers are not all type-checked.
     if isinstance(value, timedelta):
         # Subclasses (pandas, pendulum) count nanoseconds or months: only what a timedelta holds is meant.
         result = timedelta(value.days, value.seconds, value.microseconds)
@@ -195,10 +196,8 @@ def moment(at: int) -> datetime:
     return EPOCH + timedelta(microseconds=at)
 
 
-def _attempts(given: int | None) -> int | None:
-    if given is None:
-        return None
-    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+def _attempts(given: Any) -> int | None:
+    if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
         raise ValueError(
             f"Retry(max_attempts={given!r}) is no number of tries. It counts the first try, so it is at least 1. "
             "Give 1 for no retries, None for unlimited ones."
@@ -206,7 +205,7 @@ def _attempts(given: int | None) -> int | None:
     return given
 
 
-def _factor(given: float) -> float:
+def _factor(given: Any) -> float:
     if not isinstance(given, (int, float)) or isinstance(given, bool) or not (1 <= given < math.inf):
         raise ValueError(
             f"Retry(factor={given!r}) cannot be used. Each wait is that many times the one before. "
