@@ -1,0 +1,122 @@
+"""URL -> store. The same default everywhere: what is passed, else `PERDURE_STORE`, else `sqlite:///perdure.db`.
+
+sqlite:///orders.db         a file beside the process (three slashes: relative)
+sqlite:////var/lib/o.db     an absolute path (four)
+sqlite:///o.db?busy_timeout=10    query parameters are the constructor's names
+memory://                   gone with the process
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import parse_qsl, unquote
+
+from perdure.core.errors import NotAStore, quoted
+from perdure.stores.contract import Store
+
+DEFAULT: Final = "sqlite:///perdure.db"
+VARIABLE: Final = "PERDURE_STORE"
+
+
+def open_store(url_or_store: str | Store | None = None) -> Store:
+    """The store that a URL names; a store object as it is.
+
+    `NotAStore` for a URL that names none: its text says what is wrong with it and how it is written.
+    """
+    if url_or_store is None:
+        return _opened(os.environ.get(VARIABLE, DEFAULT), said_by=f"in {VARIABLE}")
+    if isinstance(url_or_store, str):
+        return _opened(url_or_store, said_by="given")
+    if isinstance(url_or_store, os.PathLike):
+        raise NotAStore(
+            f"{os.fspath(url_or_store)!r} is a path, no store URL. A store is a URL or a store object. "
+            "Write sqlite:///relative.db or sqlite:////absolute.db, or pass SQLiteStore(path)."
+        )
+    return url_or_store
+
+
+def _opened(url: str, *, said_by: str) -> Store:
+    if not url.strip():
+        raise NotAStore(
+            f"The store URL {said_by} is empty. An empty one names no store. "
+            f"Write {DEFAULT} or memory://, or leave it out for {DEFAULT}."
+        )
+    scheme, separator, rest = url.partition(":")
+    if not separator or scheme not in ("sqlite", "memory"):
+        # Only the scheme is repeated: the rest of a URL may hold a password.
+        what = f"has the scheme {quoted(scheme)}" if separator else "has no scheme"
+        raise NotAStore(
+            f"The store URL {said_by} {what}. The schemes are sqlite and memory. "
+            "Write sqlite:///relative.db, sqlite:////absolute.db or memory://."
+        )
+    path, _, query = rest.partition("?")
+    given = dict(parse_qsl(query, keep_blank_values=True))
+    return _sqlite(url, path, given) if scheme == "sqlite" else _memory(url, path, given)
+
+
+def _memory(url: str, path: str, given: Mapping[str, str]) -> Store:
+    from perdure.stores.memory import MemoryStore
+
+    if path not in ("//", "///"):
+        raise NotAStore(f"{quoted(url)} names something in memory. A store in memory has no name: write memory://.")
+    return MemoryStore(**_settings(url, MemoryStore, given))
+
+
+def _sqlite(url: str, path: str, given: Mapping[str, str]) -> Store:
+    if not path.startswith("///") or path == "///":
+        raise NotAStore(
+            f"{quoted(url)} names no file. Three slashes come before a relative path and four before an absolute one. "
+            "Write sqlite:///relative.db or sqlite:////absolute.db."
+        )
+    file = unquote(path[3:])
+    if file == ":memory:":
+        raise NotAStore(f"{quoted(url)} names no file. A store in memory is a store of its own: write memory://.")
+    if not Path(file).parent.is_dir():
+        raise NotAStore(
+            f"{quoted(url)} cannot be opened: there is no folder {quoted(str(Path(file).parent.absolute()))}. "
+            "A store's file is created, its folder is not: create it, or mend the path."
+        )
+    from perdure.stores.sqlite.store import SQLiteStore
+
+    return SQLiteStore(file, **_settings(url, SQLiteStore, given))
+
+
+def _settings(url: str, store: type, given: Mapping[str, str]) -> dict[str, Any]:
+    """The query parameters as arguments for the store's constructor, read as what its defaults are."""
+    known = {
+        name: parameter.default
+        for name, parameter in inspect.signature(store).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and isinstance(parameter.default, (str, int, float))
+    }
+    settings = {}
+    for name, text in given.items():
+        if name not in known:
+            raise NotAStore(
+                f"{quoted(url)} has the parameter {quoted(name)}, which is none of this store's. "
+                f"Its parameters are: {', '.join(sorted(known)) or 'none'}. Mend its name or leave it out."
+            )
+        try:
+            settings[name] = _read(text, like=known[name])
+        except ValueError:
+            raise NotAStore(
+                f"{quoted(url)} has {name}={text}, which cannot be read. "
+                f"The default is {known[name]!r}: write something of that kind, or leave it out."
+            ) from None
+    return settings
+
+
+def _read(text: str, *, like: str | float) -> str | float:
+    if isinstance(like, bool):
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(text)
+        return text.lower() in ("true", "1")
+    if isinstance(like, (int, float)):
+        try:
+            return int(text)
+        except ValueError:
+            return float(text)  # `busy_timeout=0.5`, though its default is a whole number
+    return text
