@@ -11,6 +11,8 @@ ROW    ?=
 
 PY    := $(VENV)/bin/python
 READY := $(VENV)/ready
+# Peers of the benchmark live in environments of their own: requirements/bench-NAME.txt -> .venvs/bench-NAME
+PEERS := $(patsubst requirements/%.txt,.venvs/%/ready,$(wildcard requirements/bench-*.txt))
 LOCK   = UV_PYTHON_DOWNLOADS=never UV_SYSTEM_CERTS=1 .tools/bin/uv pip compile --quiet --universal --python-version 3.10 \
          --generate-hashes --no-emit-index-url --no-emit-find-links --no-header
 
@@ -45,7 +47,7 @@ test-pythons: $(READY) ## the tests on every Python from 3.10 to 3.14 that is fo
 	done; \
 	echo "== passed:$${passed:- none}; failed:$${failed:- none}"; test -z "$$failed" && test -n "$$passed"
 
-bench: $(READY) ## this engine beside its floors and its peers; ROW=name for one row
+bench: $(READY) $(PEERS) ## this engine beside its floors and its peers; ROW=name for one row
 	$(PY) bench/run.py $(if $(ROW),--row $(ROW))
 
 format: $(READY) ## lay out the code and mend what the linter can mend
@@ -61,11 +63,15 @@ coverage: $(READY) ## which lines the tests never reach
 lock: $(READY) ## write requirements/*.txt anew from pyproject.toml; UPGRADE=1 takes the newest of everything
 	$(LOCK) $(if $(UPGRADE),--upgrade) --group tools -o requirements/tools.txt
 	$(LOCK) $(if $(UPGRADE),--upgrade) --group dev --extra cli pyproject.toml -o requirements/dev.txt
+	@for peer in $(wildcard requirements/bench-*.in); do $(LOCK) $(if $(UPGRADE),--upgrade) $$peer -o $${peer%.in}.txt; done
 
 setup: $(READY) ## only the set-up
 
 $(READY): requirements/tools.txt requirements/dev.txt pyproject.toml scripts/setup.sh
 	@scripts/setup.sh $(VENV) $(PYTHON)
+
+.venvs/bench-%/ready: requirements/bench-%.txt requirements/tools.txt scripts/setup.sh
+	@scripts/setup.sh .venvs/bench-$* $(PYTHON) requirements/bench-$*.txt
 
 clean: ## remove what set-up and tests made
 	rm -rf .tools .venv .venvs .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.* dist

@@ -1,12 +1,14 @@
 #!/bin/sh
-# Makes one ready environment: setup.sh VENV PYTHON
+# Makes one ready environment: setup.sh VENV PYTHON [LOCK]
 #
 # Needs only a Python with pip. pip puts a pinned uv into .tools (with --target: no venv module is needed, and an
-# "externally managed" Python has nothing against it); uv makes VENV and fills it with exactly what
-# requirements/dev.txt locks, then installs the project itself, editable. VENV/ready says that all of it worked.
+# "externally managed" Python has nothing against it); uv makes VENV and fills it with exactly what LOCK holds. With
+# the default, requirements/dev.txt, the project itself is installed too, editable. VENV/ready says that all of it
+# worked.
 set -eu
 venv=$1
 python=$2
+lock=${3:-requirements/dev.txt}
 cd "$(dirname "$0")/.."
 
 fail() {
@@ -46,6 +48,7 @@ if [ "$(version "$venv/bin/python")" != "$(version "$python")" ]; then
     uv venv --no-project --clear --python "$("$python" -c 'import sys; print(sys.executable)')" "$venv"
 fi
 rm -f "$venv/ready"
-uv pip sync --python "$venv/bin/python" --require-hashes requirements/dev.txt
-uv pip install --python "$venv/bin/python" --no-deps --no-build-isolation --editable .
+uv pip sync --python "$venv/bin/python" --require-hashes "$lock"
+[ "$lock" != requirements/dev.txt ] ||
+    uv pip install --python "$venv/bin/python" --no-deps --no-build-isolation --editable .
 touch "$venv/ready"
