@@ -1,0 +1,42 @@
+"""Watches the engine write one run, commit by commit, so that the floor can write the same rows."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from shape import Shape, Watch
+
+from perdure import Context, Engine, workflow
+
+
+def watched(path: Path, steps: int) -> Shape:
+    """A step's function begins only when the commit before it is acknowledged: there is the place to look."""
+    watches: list[Watch] = []
+
+    async def work(order: str, number: int) -> dict[str, Any]:
+        watches[0].look()
+        return {"order": order, "step": number}
+
+    @workflow(name="steps")
+    async def flow(ctx: Context, order: str, count: int) -> int:
+        for number in range(count):
+            await ctx.step.run(f"step-{number}", work, order, number)
+        return count
+
+    async def run_two() -> Shape:
+        async with Engine(f"sqlite:///{path}", workflows=[flow]) as engine:
+            # A run before the first look makes all that is made once: workers, names, migrations.
+            watches.append(Watch(sqlite3.connect(path)))
+            await (await engine.start(flow, "o-0", steps)).result()
+            watches[0] = Watch(sqlite3.connect(path))
+            for order in ("o-1", "o-2"):
+                await asyncio.sleep(0.1)
+                watches[0].look()
+                await (await engine.start(flow, order, steps)).result()
+                watches[0].look()
+            return watches[0].shape()
+
+    return asyncio.run(run_two())
