@@ -33,6 +33,9 @@ from .retry import add_note, exception_types
 CAUSES: Final = 10
 """Errors kept of a chain of causes."""
 
+NOTHING: Final = msgspec.Raw(b"null")
+"""No value. Not None: msgspec reads a `Raw | None` as always None."""
+
 _PACKAGE: Final = __file__.rpartition("core")[0]
 _OWN: Final = ("step", "type", "message", "attempts", "traceback", "cause")
 _DETAIL: Final = Limits(payload=ERROR_TEXT, depth=20)
@@ -43,7 +46,7 @@ class RecordedError(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """An error as it is stored.
 
     type: `ValueError`, or `orders.CardDeclined` with its module. message: its text.
-    args, attributes: an array and an object in the codec's form; None where they could not be stored.
+    args, attributes: an array and an object in the codec's form; `null` where they could not be stored.
     kind: what failed: `failed` (the function raised), `timed_out`, `child`, `call`, or `payload` (the result could not
         be stored). status, run_id: how a child ended, and its id.
     """
@@ -52,8 +55,8 @@ class RecordedError(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     message: str = ""
     kind: str = "failed"
     attempts: int = 1
-    args: msgspec.Raw | None = None
-    attributes: msgspec.Raw | None = None
+    args: msgspec.Raw = NOTHING
+    attributes: msgspec.Raw = NOTHING
     traceback: str = ""
     cause: RecordedError | None = None
     status: str = ""
@@ -90,7 +93,7 @@ def _recorded(error: BaseException, seen: set[int], **facts: Any) -> RecordedErr
     return RecordedError(
         type=type_name(type(error)),
         message=_message_of(error),
-        args=_stored(lambda: list(error.args)),
+        args=_args_of(error),
         attributes=_attributes_of(error),
         traceback=text,
         cause=before if before is not None else _cause_of(error, seen),
@@ -112,16 +115,22 @@ def _message_of(error: BaseException) -> str:
         return f"(its text cannot be shown: __str__ raised {type(broken).__name__})"
 
 
-def _attributes_of(error: BaseException) -> msgspec.Raw | None:
-    found: dict[str, Any] = {}
-    for name, value in _named_values(error):
-        if _stored(lambda value=value: value) is not None:
-            found[name] = value
-    return _stored(lambda: found) if found else None
+def _args_of(error: BaseException) -> msgspec.Raw:
+    try:
+        return _stored(list(error.args))
+    except Exception:
+        return NOTHING
 
 
-def _named_values(error: BaseException) -> list[tuple[str, Any]]:
-    """What an exception holds beside its args: its own attributes, and those of built-in types (`filename`, `name`)."""
+def _attributes_of(error: BaseException) -> msgspec.Raw:
+    """What an exception holds beside its args, as far as it can be stored."""
+    own = {name: value for name, value in vars(error).items() if not name.startswith("_")}
+    found = {name: value for name, value in {**_slots(error), **own}.items() if _stored(value) is not NOTHING}
+    return _stored(found) if found else NOTHING
+
+
+def _slots(error: BaseException) -> dict[str, Any]:
+    """What built-in types keep outside `__dict__`: the `filename` of an OSError, the `name` of an ImportError."""
     values: dict[str, Any] = {}
     for kind in type(error).__mro__:
         if kind.__module__ != "builtins" or kind in (BaseException, Exception, object):
@@ -129,21 +138,24 @@ def _named_values(error: BaseException) -> list[tuple[str, Any]]:
         for name, slot in vars(kind).items():
             # `obj` of an AttributeError is whatever the attribute was missing on.
             if isinstance(slot, (types.MemberDescriptorType, types.GetSetDescriptorType)) and name != "obj":
-                try:
-                    value = getattr(error, name)
-                except Exception:
-                    continue
+                value = _asked(error, name)
                 if value is not None and not name.startswith("_"):
                     values[name] = value
-    own = {name: value for name, value in vars(error).items() if not name.startswith("_")}
-    return list({**values, **own}.items())
+    return values
 
 
-def _stored(made: Any) -> msgspec.Raw | None:
+def _asked(error: BaseException, name: str) -> Any:
     try:
-        return msgspec.Raw(_anything.roundtrip(made(), "an error's values", _DETAIL)[0])
+        return getattr(error, name)
     except Exception:
         return None
+
+
+def _stored(value: Any) -> msgspec.Raw:
+    try:
+        return msgspec.Raw(_anything.roundtrip(value, "an error's values", _DETAIL)[0])
+    except Exception:
+        return NOTHING
 
 
 def _traceback_of(error: BaseException) -> str:
@@ -255,7 +267,7 @@ def _class_of_both(base: type[StepFailed], original: type[Exception]) -> type[An
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
-            "__reduce__": lambda error: (_again, (base, original, error.args, dict(error.__dict__))),
+            "__reduce__": lambda error: (_again, (base, original, error.args, dict(error.__dict__), _slots(error))),
         }
         try:
             _both[key] = types.new_class(
@@ -266,9 +278,19 @@ def _class_of_both(base: type[StepFailed], original: type[Exception]) -> type[An
     return _both[key]
 
 
-def _again(base: type[StepFailed], original: type[Exception], args: tuple[Any, ...], values: dict[str, Any]) -> Any:
+def _again(
+    base: type[StepFailed],
+    original: type[Exception],
+    args: tuple[Any, ...],
+    values: dict[str, Any],
+    slots: dict[str, Any],
+) -> BaseException:
     """What pickle and copy call to make such an error anew."""
-    return restored(_class_of_both(base, original) or base, args, values)
+    kind: type[BaseException] = _class_of_both(base, original) or base
+    error = restored(kind, args, values)
+    for name, value in slots.items():
+        _give(error, name, value)
+    return error
 
 
 def _as_both(plain: StepFailed, original: type[Exception], recorded: RecordedError) -> StepFailed | None:
@@ -304,9 +326,7 @@ def _give(error: BaseException, name: str, value: Any) -> None:
         return  # Read-only, or computed by the class from something else.
 
 
-def _lifted(raw: msgspec.Raw | None, otherwise: Any) -> Any:
-    if raw is None:
-        return otherwise
+def _lifted(raw: msgspec.Raw, otherwise: Any) -> Any:
     try:
         value = _anything.decode(bytes(raw), "an error's values")
     except PayloadError:
