@@ -26,7 +26,7 @@ from typing import Any
 
 from shape import Shape, Watch
 
-PLACEHOLDER = Path(__file__).with_name("placeholder.sql")
+MIGRATION = Path(__file__).parent.parent / "src/perdure/stores/sqlite/0001_runs.sql"
 BARE = "CREATE TABLE history (run INTEGER NOT NULL, seq INTEGER NOT NULL, body TEXT NOT NULL)"
 ROWS_PER_STATEMENT = 64
 """More rows in one statement gain nothing, and SQLite binds at most 32,766 values."""
@@ -189,49 +189,80 @@ def engine_shape(steps: int) -> tuple[Shape, str]:
     try:
         from engine_rows import watched
     except ImportError:
-        return placeholder_shape(steps), "the placeholder"
+        return guessed_shape(steps), "the engine's schema, rows guessed"
     with tempfile.TemporaryDirectory() as folder:
-        return watched(Path(folder, "watched.db"), steps), "the engine"
+        return watched(Path(folder, "watched.db"), steps), "the rows of the engine"
 
 
-def placeholder_shape(steps: int) -> Shape:
+def guessed_shape(steps: int) -> Shape:
+    """The engine's schema with rows as they will look, for as long as there is no engine to watch."""
     with tempfile.TemporaryDirectory() as folder:
-        db = opened(Path(folder, "placeholder.db"))
-        db.executescript(PLACEHOLDER.read_text())
+        db = opened(Path(folder, "guessed.db"))
+        db.executescript(MIGRATION.read_text())
         watch = Watch(db)
         for run in (1, 2):
             watch.look()
             for commit in range(steps + 1):
-                placeholder_commit(db, run, commit, last=commit == steps)
+                guessed_commit(db, run, commit, last=commit == steps)
                 watch.look()
         return watch.shape()
 
 
-def placeholder_commit(db: sqlite3.Connection, run: int, commit: int, *, last: bool) -> None:
+def guessed_commit(db: sqlite3.Connection, run: int, commit: int, *, last: bool) -> None:
     now, turn = 1_795_000_000_000_000 + run * 999 + commit, f"01kaincarnation-{run}{commit:04d}"
     if commit == 0:
-        db.execute(
-            "INSERT INTO perdure_runs (key, namespace, id, generation, kind, workflow, language, dialect, status,"
-            " queue, priority, owner, epoch, version, turn, attempt, strikes, seed, input, created_at, started_at)"
-            " VALUES (?, 'default', ?, 1, 'workflow', 'three_steps', 'python3.11', 'named-1', 'running', 'default',"
-            " 0, '01kaincarnation', 1, 0, ?, 1, 0, ?, ?, ?, ?)",
-            (run, f"01ka0000{run}runidofrunidof123", turn, bytes([run]) * 16, f'[["o-{run}"],{{}}]', now, now),
-        )
-        event(db, run, 0, now, "started", None, f'{{"input":[["o-{run}"],{{}}],"seed":"{str(run) * 32}"}}')
+        row = {
+            "key": run,
+            "namespace": "default",
+            "id": f"01ka0000{run}runidofrunidof123",
+            "generation": 1,
+            "kind": "workflow",
+            "workflow": "steps",
+            "queue": "default",
+            "priority": 0,
+            "status": "running",
+            "owner": "01kaincarnation",
+            "epoch": 1,
+            "version": 0,
+            "turn": "",
+            "created_at": now,
+            "started_at": now,
+            "attempt": 1,
+            "strikes": 0,
+            "parent_close": "",
+            "history_events": 1,
+            "history_bytes": 150,
+            "seed": str(run) * 32,
+            "digest": str(run) * 32,
+            "language": "python3.11",
+            "dialect": "named-1",
+            "policy": "{}",
+            "tags": "{}",
+            "input": f'[["o-{run}",3],{{}}]',
+        }
+        places = ", ".join("?" * len(row))
+        db.execute(f"INSERT INTO perdure_runs ({', '.join(row)}) VALUES ({places})", tuple(row.values()))
+        event(db, run, 0, f'{{"type":"started","at":{now},"input":[["o-{run}",3],{{}}],"seed":"{str(run) * 32}"}}')
         return
     db.execute(
-        "UPDATE perdure_runs SET version = ?, turn = ?, status = ?, result = ?, ended_at = ? WHERE key = ?",
-        (commit, turn, "completed" if last else "running", "3" if last else None, now if last else None, run),
+        "UPDATE perdure_runs SET version = ?, turn = ?, status = ?, result = ?, ended_at = ?, owner = ?,"
+        " history_events = ?, history_bytes = ? WHERE key = ?",
+        (
+            *(commit, turn, "completed" if last else "running", "3" if last else None, now if last else None),
+            *(None if last else "01kaincarnation", commit + 1 + last, 150 + commit * 250, run),
+        ),
     )
-    site = "bench/workloads.py:31"
-    outcome = f'{{"order":"o-{run}","ordinal":{commit},"name":"work","site":"{site}","digest":"0123456789abcdef"}}'
-    event(db, run, commit, now, "step_completed", f"step-{commit}", outcome)
+    event(
+        *(db, run, commit),
+        f'{{"type":"step_completed","at":{now},"id":"step-{commit}","ordinal":{commit},"kind":"run","name":"work",'
+        f'"site":"bench/workflows.py:36","digest":"0123456789abcdef","attempt":1,"value":{{"order":"o-{run}","step":3}}}}',
+    )
     if last:
-        event(db, run, commit + 1, now, "ended", None, '{"status":"completed","value":3}')
+        event(db, run, commit + 1, f'{{"type":"ended","at":{now},"status":"completed","value":3}}')
 
 
-def event(db: sqlite3.Connection, run: int, seq: int, at: int, kind: str, step: str | None, body: str) -> None:
-    db.execute("INSERT INTO perdure_history VALUES (?, ?, ?, ?, ?, ?)", (run, seq, at, kind, step, body))
+def event(db: sqlite3.Connection, run: int, seq: int, text: str) -> None:
+    db.execute("INSERT INTO perdure_history VALUES (?, ?, ?)", (run, seq, text))
 
 
 def main() -> None:
