@@ -148,7 +148,7 @@ def throughput(scale: Scale, *, steps: int, concurrency: int, judged: bool = Fal
     if rates.keys() >= {"floor", "bare", "dbos"}:
         ways = answers["floor"][0]
         times = [rates[name] / rates["dbos"] for name in ("floor", "bare")]
-        note = f"floors: {times[0]:.0f} and {times[1]:.0f} times DBOS; {ways['way']}, {ways["rows_of"]}"
+        note = f"floors: {times[0]:.0f} and {times[1]:.0f} times DBOS; {ways['way']}, {ways['rows_of']}"
         if judged and "async" in rates:
             void = min(times) < 10
             checks.append(at_least("part of floor", rates["async"] / rates["floor"], 0.4, void=void))
