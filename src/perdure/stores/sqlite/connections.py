@@ -1,0 +1,105 @@
+"""Opening the file: who may, and how every connection of ours is set."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+from sqlite3 import Connection
+from typing import Final
+from urllib.parse import quote
+
+from perdure.core.errors import NotAStore, StoreReadOnly, StoreUnavailable, quoted
+from perdure.stores.sqlite import gate
+
+OLDEST: Final = (3, 35, 0)  # UPDATE … FROM with everything the statements here use
+SYNCHRONOUS: Final = {"full": "FULL", "normal": "NORMAL"}
+CLASSES: Final = {"full": "D3", "normal": "D2"}
+
+
+def check_machine() -> None:
+    """Refuse where the file could not be shared safely."""
+    if sqlite3.sqlite_version_info < OLDEST:
+        raise NotAStore(
+            f"This Python has SQLite {sqlite3.sqlite_version}, and Perdure needs {'.'.join(map(str, OLDEST))}. "
+            "Older ones cannot update many rows from a list. Use a newer Python, or a store of another kind."
+        )
+    if gate.fcntl is None:
+        raise NotAStore(
+            "A SQLite store needs fcntl locks, and this platform has none. They tell which worker has died. "
+            "Run on Linux or macOS (on Windows: in WSL), or use a store of another kind."
+        )
+
+
+def check_path(path: str, url: str, *, create: bool) -> None:
+    """Refuse what cannot be a store by its path; create the empty file if it is wanted and missing."""
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        raise NotAStore(
+            f"The store {url} cannot be opened: there is no folder {quoted(folder)}. "
+            "A store's file is created, its folder is not. Create it, or mend the path.",
+            store=url,
+        )
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as missing:
+        if not create:
+            raise NotAStore(
+                f"There is no store {url}. The file does not exist, and reading does not create one. "
+                "Check the path, or start a run or a worker first.",
+                store=url,
+            ) from missing
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+        except FileExistsError:
+            pass  # another process was quicker
+        except PermissionError as error:
+            raise _read_only(url) from error
+        except OSError as error:
+            raise StoreUnavailable(
+                f"The store {url} cannot be created. The system says: {error.strerror}. Mend that, or the path.",
+                store=url,
+            ) from error
+        return
+    except OSError as error:
+        raise StoreUnavailable(
+            f"The store {url} cannot be reached. The system says: {error.strerror}. Mend that, or the path.", store=url
+        ) from error
+    if not stat.S_ISREG(mode):
+        raise NotAStore(f"The store {url} is no file. A store is one ordinary file. Mend the path.", store=url)
+    if create and not (os.access(path, os.W_OK) and os.access(folder, os.W_OK)):
+        raise _read_only(url)
+
+
+def connect(path: str, *, busy_timeout: float, durability: str, writes: bool) -> Connection:
+    """A connection to an existing file, set as all of ours are."""
+    db = sqlite3.connect(
+        f"file:{quote(path)}?mode=rw",
+        uri=True,
+        timeout=busy_timeout,
+        isolation_level=None,
+        check_same_thread=False,  # one thread at a time uses it, not always the same one
+        cached_statements=512,
+    )
+    try:
+        db.execute("PRAGMA mmap_size = 0")
+        db.execute("PRAGMA foreign_keys = OFF")
+        db.execute("PRAGMA temp_store = MEMORY")
+        db.execute(f"PRAGMA synchronous = {SYNCHRONOUS[durability]}")
+        db.execute("PRAGMA wal_autocheckpoint = 0")
+        if writes:
+            db.execute("PRAGMA cache_size = -16000")
+        else:
+            db.execute("PRAGMA query_only = ON")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _read_only(url: str) -> StoreReadOnly:
+    return StoreReadOnly(
+        f"The store {url} cannot be written. It, or its folder, may not be written by this user; a store needs both. "
+        "Mend their permissions, or open another store.",
+        store=url,
+    )
