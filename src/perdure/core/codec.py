@@ -21,7 +21,7 @@ import msgspec
 
 from .errors import LimitExceeded, PayloadError
 from .limits import Limits
-from .shapes import ANY, Misfit, Node, name_of, reachable, shape
+from .shapes import ANY, Misfit, Node, name_of, reachable, shape, start_of
 
 DEFAULT_LIMITS: Final = Limits()
 
@@ -88,7 +88,7 @@ class Plan:
             return self._node.lift(_read(data))
         except Misfit as misfit:
             raise PayloadError(
-                f"{_sentence_start(what)} does not fit{misfit.where(self.annotation)}. {misfit.why} "
+                f"{start_of(what)} does not fit{misfit.where(self.annotation)}. {misfit.why} "
                 "Send what the annotation says, or keep the annotation compatible with what is stored.",
                 what=what,
             ) from None
@@ -96,7 +96,7 @@ class Plan:
             raise _too_deep(what, "more levels than this process can follow") from None
         except (msgspec.MsgspecError, ValueError) as error:
             raise PayloadError(
-                f"{_sentence_start(what)} is not the JSON text of a value. {error}. Check where the text came from.",
+                f"{start_of(what)} is not the JSON text of a value. {error}. Check where the text came from.",
                 what=what,
             ) from None
 
@@ -105,27 +105,26 @@ class Plan:
             data = _write(self._node.lower(value))
         except Misfit as misfit:
             raise PayloadError(
-                f"{_sentence_start(what)} cannot be stored{misfit.where(self.annotation)}. "
-                f"{misfit.why} {misfit.advice}",
+                f"{start_of(what)} cannot be stored{misfit.where(self.annotation)}. {misfit.why} {misfit.advice}",
                 what=what,
             ) from None
         except RecursionError:
             if _contains_itself(value):
                 raise PayloadError(
-                    f"{_sentence_start(what)} cannot be stored. It contains itself, and a text of it would never end. "
+                    f"{start_of(what)} cannot be stored. It contains itself, and a text of it would never end. "
                     "Store the parts, or the ids by which they refer to each other.",
                     what=what,
                 ) from None
             raise _too_deep(what, f"more than the {limits.depth} allowed") from None
         except UnicodeEncodeError as error:
             raise PayloadError(
-                f"{_sentence_start(what)} has a str with a lone surrogate, U+{ord(error.object[error.start]):04X}. "
+                f"{start_of(what)} has a str with a lone surrogate, U+{ord(error.object[error.start]):04X}. "
                 "That is half a character and has no UTF-8 form. Decode the text properly, or pass it as bytes.",
                 what=what,
             ) from None
         except (TypeError, ValueError, OverflowError) as error:
             raise PayloadError(
-                f"{_sentence_start(what)} cannot be stored. {error}. Turn it into plain values first.", what=what
+                f"{start_of(what)} cannot be stored. {error}. Turn it into plain values first.", what=what
             ) from error
         check(data, what, limits)
         decoded = self.decode(data, what)
@@ -140,7 +139,7 @@ class Plan:
             again = repr(error).encode(errors="replace")
         if again != data:
             raise PayloadError(
-                f"{_sentence_start(what)} would not come back as it was. Read back and written again as "
+                f"{start_of(what)} would not come back as it was. Read back and written again as "
                 f"{name_of(self.annotation)}, {_cut(data)} becomes {_cut(again)}. "
                 "Make the class keep what it is given, or return plain values.",
                 what=what,
@@ -260,7 +259,7 @@ def unwrap(data: bytes | str, codecs: Iterable[Codec] = (), *, what: str) -> byt
     for name in reversed(wrapped.encoded):
         if name not in known:
             raise PayloadError(
-                f'{_sentence_start(what)} was stored through the codec "{name}". '
+                f'{start_of(what)} was stored through the codec "{name}". '
                 f"This process knows {', '.join(sorted(known)) or 'no codec'}. Give it the writer's codec=.",
                 what=what,
             )
@@ -278,7 +277,7 @@ def _compiled(annotation: Any, what: str) -> Plan:
         return Plan(annotation, shape(annotation))
     except Misfit as misfit:
         raise PayloadError(
-            f"{_sentence_start(what)} is annotated as {name_of(annotation)}, which cannot be stored. "
+            f"{start_of(what)} is annotated as {name_of(annotation)}, which cannot be stored. "
             f"{misfit.why} {misfit.advice}",
             what=what,
         ) from None
@@ -333,7 +332,7 @@ def _check_depth(data: bytes, what: str, limits: Limits) -> None:
             levels -= 1
     if deepest > limits.depth:
         raise LimitExceeded(
-            f"{_sentence_start(what)} is nested {deepest} levels deep. {limits.depth} are allowed. "
+            f"{start_of(what)} is nested {deepest} levels deep. {limits.depth} are allowed. "
             "Store it flatter, or raise Limits(depth=).",
             what=what,
             limit=limits.depth,
@@ -343,7 +342,7 @@ def _check_depth(data: bytes, what: str, limits: Limits) -> None:
 
 def _too_big(what: str, size: int, limits: Limits) -> LimitExceeded:
     return LimitExceeded(
-        f"{_sentence_start(what)} is {size:,} bytes of JSON. {limits.payload:,} are allowed for one value. "
+        f"{start_of(what)} is {size:,} bytes of JSON. {limits.payload:,} are allowed for one value. "
         "Keep large data in a file or a table and pass its name, or raise Limits(payload=).",
         what=what,
         limit=limits.payload,
@@ -352,9 +351,7 @@ def _too_big(what: str, size: int, limits: Limits) -> LimitExceeded:
 
 
 def _too_deep(what: str, how_deep: str) -> LimitExceeded:
-    return LimitExceeded(
-        f"{_sentence_start(what)} is nested too deeply. It has {how_deep}. Store it flatter.", what=what
-    )
+    return LimitExceeded(f"{start_of(what)} is nested too deeply. It has {how_deep}. Store it flatter.", what=what)
 
 
 def _contains_itself(value: Any) -> bool:
@@ -386,10 +383,6 @@ def _children(value: Any) -> list[Any]:
         return list(value)
     names = getattr(type(value), "__struct_fields__", None) or getattr(value, "__dict__", None) or ()
     return [getattr(value, name, None) for name in names]
-
-
-def _sentence_start(what: str) -> str:
-    return what[:1].upper() + what[1:]
 
 
 def _cut(data: bytes) -> str:

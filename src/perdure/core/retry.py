@@ -151,7 +151,7 @@ def duration(given: timedelta | float, what: str, *, negative: bool = False, zer
         # Subclasses (pandas, pendulum) count nanoseconds or months: only what a timedelta holds is meant.
         result = timedelta(value.days, value.seconds, value.microseconds)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{what} is {value!r}. That is no length of time. Give seconds or a timedelta.")
         try:
             result = timedelta(seconds=value)

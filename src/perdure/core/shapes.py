@@ -188,9 +188,10 @@ _MAY_HIDE_MORE: Final = (datetime, date, time, timedelta, UUID)
 def _plain(value: Any, kind: type) -> Any:
     """`value`, of a subclass of `kind`, as a `kind`; a subclass that holds more (nanoseconds) is refused."""
     result = _PLAIN[kind](value)
-    if kind in _MAY_HIDE_MORE and result != value:
+    # Not `!=`: a subclass may define only `__eq__`.
+    if kind in _MAY_HIDE_MORE and not result == value:
         raise Misfit(
-            f"{article(value)} holds more than a {kind.__name__}, and would lose it.".capitalize(),
+            f"{start_of(article(value))} holds more than a {kind.__name__}, and would lose it.",
             f"Turn it into a {kind.__name__} yourself.",
         )
     return result
@@ -205,7 +206,8 @@ class Leaf(Node):
         self.hint = kind if hint is None else hint
         self.json = frozenset({_JSON.get(kind, "str")})
         self.floats = kind is float
-        self.suspect = kind in (datetime, time)
+        # Equality knows neither fold nor a zone without an offset, and takes a Decimal for an int or a float.
+        self.suspect = kind in (datetime, time, Decimal)
         self._write = _WRITE[kind]
         self._read = _READ[kind]
 
@@ -242,9 +244,10 @@ class Leaf(Node):
             raise Misfit(f"{self.expected} is expected, found {cut(plain)}: {error}.") from None
 
     def trusts(self, value: Any) -> bool:
-        # Equality knows neither fold nor a zone that gives no offset.
         if not self.suspect:
             return True
+        if self.kind is Decimal:
+            return type(value) is Decimal
         return value.tzinfo is timezone.utc or (value.tzinfo is None and not value.fold)
 
 
@@ -302,7 +305,7 @@ def lower_any(value: Any) -> Any:
         if isinstance(value, base):
             return lower_any(_plain(value, base))
     raise Misfit(
-        f"{article(value).capitalize()} is no plain value.",
+        f"{start_of(article(value))} is no plain value.",
         "Annotate the type (the parameter, the return type, or returns=) if it is a dataclass, a msgspec Struct, an "
         "attrs class or an Enum, or turn it into plain values.",
     )
@@ -515,13 +518,11 @@ class Row(Node):
         return iter(self.items)
 
     def takes(self, value: Any) -> bool:
-        return isinstance(value, (tuple, list) if self.made is tuple else self.made)
+        return isinstance(value, (tuple, list) if self.made is tuple else tuple)
 
     def lower(self, value: Any) -> Any:
         if not self.takes(value):
             raise self.wrong(value)
-        if self.made is not tuple and type(value) is not self.made:
-            raise _subclass(value, self.made)
         if len(value) != len(self.items):
             raise Misfit(f"{len(self.items)} elements are expected, there are {len(value)}.")
         return self._zipped("lower", value)
@@ -773,7 +774,7 @@ class Record(Node):
 
 def _subclass(value: Any, declared: type) -> Misfit:
     return Misfit(
-        f"{article(value).capitalize()} was given, a subclass of {name_of(declared)}: it would come back as "
+        f"{start_of(article(value))} was given, a subclass of {name_of(declared)}: it would come back as "
         f"{name_of(declared)} and lose what it adds.",
         f"Annotate {name_of(type(value))}, or a union of tagged msgspec Structs.",
     )
@@ -808,8 +809,11 @@ class Member(Node):
         self.native = self.by_value and bool(values)
         number = self.flag or (self.by_value and any(type(value) is int for value in values))
         self.json = frozenset({"int" if number else "str"})
-        # Members may compare as they like.
-        self.suspect = made.__eq__ not in (object.__eq__, enum.Enum.__eq__, str.__eq__, int.__eq__)
+        # The member of an IntEnum equals its int, and members may compare as they like.
+        self.suspect = made.__eq__ is not object.__eq__
+
+    def trusts(self, value: Any) -> bool:
+        return not self.suspect or (isinstance(value, self.made) and self.made.__eq__ in (int.__eq__, str.__eq__))
 
     def lower(self, value: Any) -> Any:
         if not isinstance(value, self.made):
@@ -1234,6 +1238,11 @@ def article(value: Any) -> str:
         return "None"
     name = name_of(type(value))
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def start_of(sentence: str) -> str:
+    """`sentence` with its first letter in upper case."""
+    return sentence[:1].upper() + sentence[1:]
 
 
 def cut(value: Any) -> str:
