@@ -7,7 +7,7 @@
   the thorough way is to write the decoded value again and to compare the two texts.
 
 Plan: `plan(annotation)` compiles an annotation once. The quick way is msgspec alone: write, read, compare. Where the
-comparison cannot be trusted or fails, the thorough way walks the value beside a tree of nodes (`shapes.py`).
+comparison cannot be trusted or fails, the thorough way walks the value beside a tree of nodes (`nodes.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import msgspec
 
 from .errors import LimitExceeded, PayloadError
 from .limits import Limits
-from .shapes import ANY, Misfit, Node, name_of, reachable, shape, start_of
+from .nodes import ANY, Node, reachable
+from .plain import Misfit, name_of, start_of
+from .shapes import shape
 
 DEFAULT_LIMITS: Final = Limits()
 
