@@ -1,0 +1,693 @@
+"""Starts runs and asks about them. One code path: the async face does it, the sync face waits for the async one.
+
+A `Client` has a `Core`: the store, the committer that writes for it, the loop it lives on. An `Engine` is a
+client whose core also has a shift (a worker); everything else is the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final, Generic, ParamSpec, TypeVar
+
+import msgspec
+
+from perdure.core import codec, stored
+from perdure.core import events as ev
+from perdure.core import why as why_
+from perdure.core.codec import Plan, plan
+from perdure.core.errors import (
+    IdempotencyConflict,
+    LimitExceeded,
+    PerdureError,
+    RunCancelled,
+    RunExists,
+    RunFailed,
+    RunFinished,
+    RunNotFound,
+    RunTerminated,
+    RunTimedOut,
+    StoreError,
+    UnknownWorkflow,
+)
+from perdure.core.failure import RecordedError
+from perdure.core.ids import sortable_id
+from perdure.core.limits import Limits, check_id, check_message_id, check_name
+from perdure.core.retry import duration, instant, micros
+from perdure.core.signature import Parameter, Signature
+from perdure.core.status import ENDED, Status
+from perdure.core.turn import (
+    Address,
+    Announced,
+    Begun,
+    Conflict,
+    Existing,
+    Fenced,
+    Finished,
+    Key,
+    Mail,
+    MailboxFull,
+    NotFound,
+    Query,
+    Row,
+    Send,
+    Start,
+    Taken,
+    Turn,
+)
+from perdure.info import Event, RunInfo, RunPage, events_of, info_of
+from perdure.runtime.registry import Registry, Workflow
+from perdure.stores.contract import Store
+from perdure.stores.opening import open_store
+from perdure.worker.committer import Committer, CommitterThread
+from perdure.worker.ending import end_without_code
+from perdure.worker.remote_end import CANCEL
+from perdure.worker.shift import LANGUAGE, Shift
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+log = logging.getLogger("perdure.client")
+
+REMEMBERED: Final = 10_000
+"""Ends of runs kept in memory, so that `result()` right after an end needs no read."""
+FIRST_POLL: Final = 0.002
+LAST_POLL: Final = 0.05
+_FAILURES: Final = {
+    "failed": RunFailed,
+    "cancelled": RunCancelled,
+    "terminated": RunTerminated,
+    "timed_out": RunTimedOut,
+    "quarantined": RunFailed,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartOptions:
+    """What `client.options(...)` sets for the next start."""
+
+    id: str | None = None
+    idempotency_key: str | None = None
+    idempotency_ttl: timedelta = timedelta(days=7)
+    if_exists: str = "use"
+    at: datetime | None = None
+    delay: timedelta | None = None
+    queue: str | None = None
+    timeout: timedelta | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a run ended, as far as `result()` needs it."""
+
+    status: str
+    result: str | None
+    error: str | None
+
+
+class Core:
+    """What a client and all its option views share."""
+
+    def __init__(self, store: str | Store | None, namespace: str, limits: Limits) -> None:
+        self.given = store
+        self.namespace = check_name(namespace, "namespace=")
+        self.limits = limits
+        self.store: Store = None  # type: ignore[assignment]  # opened at first use
+        self.registry = Registry()
+        self.shift: Shift | None = None
+        self.committer: Committer | None = None
+        self.thread: CommitterThread | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.readers: ThreadPoolExecutor | None = None
+        self.announced: dict[str, Announced] = {}
+        self.waiting: dict[Key, list[asyncio.Future[Ending]]] = {}
+        self.recent: dict[Key, Ending] = {}
+        self.poller: asyncio.Task[None] | None = None
+        self.closed = False
+        self._kicked = False
+
+    # --- opening and closing ---
+
+    async def open(self) -> None:
+        """Open the store and begin to write; at first use. Twice is once."""
+        loop = asyncio.get_running_loop()
+        if self.closed:
+            raise RuntimeError("This client was closed. Nothing can be asked of it any more. Make a new one.")
+        if self.loop is loop:
+            return
+        if self.loop is not None:
+            raise RuntimeError(
+                "This client belongs to another event loop. Its answers arrive there. Use its .sync face from other "
+                "threads, or make a client for this loop."
+            )
+        self.loop = loop
+        self.readers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="perdure-reader")
+        if self.store is None:
+            self.store = await loop.run_in_executor(self.readers, functools.partial(open_store, self.given))
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin to write: a committer of its own; an engine brings its shift's."""
+        self.committer = Committer(self.store, self._answer)
+        self.thread = CommitterThread(self.committer)
+
+    def _answer(self, answers: list[tuple[Callable[[Any], None], Any]], mail: Sequence[Mail]) -> None:
+        assert self.loop is not None
+        try:
+            self.loop.call_soon_threadsafe(self._answered, answers)
+        except RuntimeError:
+            log.debug("an answer came after the loop was closed")
+
+    def _answered(self, answers: list[tuple[Callable[[Any], None], Any]]) -> None:
+        for answer, verdict in answers:
+            answer(verdict)
+
+    async def close(self) -> None:
+        """Write what waits, stop, give the store back. Twice is once."""
+        if self.closed:
+            return
+        self.closed = True
+        if self.poller is not None:
+            self.poller.cancel()
+        thread, readers, store = self.thread, self.readers, self.store
+        if self.loop is not None:
+            if thread is not None:
+                await self.loop.run_in_executor(readers, thread.stop)
+            if store is not None and store is not self.given:
+                await self.loop.run_in_executor(readers, store.close)
+        if readers is not None:
+            readers.shutdown(wait=False)
+        for futures in self.waiting.values():
+            for future in futures:
+                if not future.done():
+                    future.cancel()
+
+    # --- reading and writing ---
+
+    async def read(self, ask: Callable[[], R]) -> R:
+        """Ask the store in a thread of ours."""
+        await self.open()
+        assert self.loop is not None
+        return await self.loop.run_in_executor(self.readers, ask)
+
+    def kick(self) -> None:
+        """There is something to write."""
+        if self.shift is not None:
+            self.shift.kick()
+        elif not self._kicked:
+            self._kicked = True
+            assert self.loop is not None
+            self.loop.call_soon(self._kick_now)
+
+    def _kick_now(self) -> None:
+        self._kicked = False
+        if self.thread is not None:
+            self.thread.kick()
+
+    async def write(self, add: Callable[[Committer, Callable[[Any], None]], None]) -> Any:
+        """Add something to the next batch and wait for its verdict; store errors are raised."""
+        await self.open()
+        assert self.loop is not None and self.committer is not None
+        future: asyncio.Future[Any] = self.loop.create_future()
+
+        def answer(verdict: Any) -> None:
+            if not future.done():
+                future.set_result(verdict)
+
+        add(self.committer, answer)
+        self.kick()
+        verdict = await future
+        if isinstance(verdict, PerdureError):
+            raise verdict
+        return verdict
+
+    async def row(self, run_id: str) -> Row:
+        """The newest generation of a run; RunNotFound."""
+        await self.open()
+        row = await self.read(lambda: self.store.run(self.namespace, run_id))
+        if row is None:
+            raise RunNotFound(run_id, namespace=self.namespace)
+        return row
+
+    # --- ends ---
+
+    def run_ended(self, key: Key, turn: Turn) -> None:
+        """A run ended in this process: whoever waits for it knows at once."""
+        self.resolve(key, Ending(turn.status, turn.result, turn.error))
+
+    def resolve(self, key: Key, ending: Ending) -> None:
+        """Tell everybody who waits for this run, and keep it for those who ask in a moment."""
+        self.recent[key] = ending
+        if len(self.recent) > REMEMBERED:
+            del self.recent[next(iter(self.recent))]
+        for future in self.waiting.pop(key, ()):
+            if not future.done():
+                future.set_result(ending)
+
+    async def end_of(self, key: Key) -> Ending:
+        """Wait until a run has ended."""
+        known = self.recent.get(key)
+        if known is not None:
+            return known
+        assert self.loop is not None
+        future: asyncio.Future[Ending] = self.loop.create_future()
+        self.waiting.setdefault(key, []).append(future)
+        if self.poller is None or self.poller.done():
+            self.poller = self.loop.create_task(self._poll())
+        try:
+            return await future
+        finally:
+            left = self.waiting.get(key)
+            if left is not None and future in left:
+                left.remove(future)
+                if not left:
+                    del self.waiting[key]
+
+    async def _poll(self) -> None:
+        """One poller for all awaited runs that are not in this process's memory."""
+        pause = FIRST_POLL
+        while self.waiting:
+            elsewhere = [key for key in self.waiting if self.shift is None or key not in self.shift.residents]
+            found: list[Key] = []
+            if elsewhere:
+                try:
+                    found = await self.read(functools.partial(self.store.ended, elsewhere))
+                    for row in await self.read(functools.partial(self.store.rows, found)) if found else ():
+                        if row.status in ENDED or row.status == "quarantined":
+                            self.resolve(row.key, Ending(row.status, row.result, row.error))
+                except StoreError as error:
+                    log.warning("looking for ended runs failed: %s", error)
+                    pause = 1.0
+            pause = FIRST_POLL if found else min(pause * 1.5, LAST_POLL)
+            await asyncio.sleep(pause)
+
+    # --- names ---
+
+    async def served(self, name: str) -> Announced | None:
+        """What workers announced under a name; read again if it is not known yet."""
+        if name not in self.announced:
+            for each in await self.read(lambda: self.store.announced(self.namespace)):
+                if each.kind == "workflow":
+                    self.announced[each.name] = each
+        return self.announced.get(name)
+
+
+class Client:
+    """Starts runs and asks about them; executes nothing.
+
+    store: URL or store object; default `PERDURE_STORE`, else `sqlite:///perdure.db`. Works in `async with`, or
+    without: opened at first use, ended by `close()`. From other threads use `.sync`.
+    """
+
+    def __init__(
+        self,
+        store: str | Store | None = None,
+        *,
+        namespace: str = "default",
+        limits: Limits | None = None,
+        codec: Any = None,
+    ) -> None:
+        _no_codec(codec)
+        self._core = Core(store, namespace, limits if limits is not None else Limits())
+        self._options = StartOptions()
+
+    async def __aenter__(self) -> Any:
+        await self._core.open()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Write what waits and give the store back. Twice is once."""
+        await self._core.close()
+
+    def options(
+        self,
+        *,
+        id: str | None = None,
+        idempotency_key: str | None = None,
+        idempotency_ttl: timedelta | float = timedelta(days=7),
+        if_exists: str = "use",
+        at: datetime | None = None,
+        delay: timedelta | float | None = None,
+        queue: str | None = None,
+        timeout: timedelta | float | None = None,
+    ) -> Any:
+        """The same client with these options for the next `start`.
+
+        id: 1 to 255 printable characters; default: a new one. idempotency_key: one run per key, workflow and
+        `idempotency_ttl`. if_exists: "use" the run that has the id (also an ended one) or "fail". at, delay: start
+        later. queue: instead of the workflow's own. timeout: the longest the run may take.
+        """
+        if if_exists in ("restart", "terminate"):
+            raise ValueError(f'if_exists="{if_exists}" comes with a later version. Use "use" or "fail".')
+        if if_exists not in ("use", "fail"):
+            raise ValueError(f'if_exists={if_exists!r} is not known. It is "use" or "fail".')
+        if at is not None and delay is not None:
+            raise ValueError("Both at= and delay= were given. They say the same thing twice. Pass one of them.")
+        if at is not None:
+            instant(at, "at=")
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        view._options = StartOptions(
+            id=None if id is None else check_id(id, "the run id"),
+            idempotency_key=None if idempotency_key is None else check_id(idempotency_key, "the idempotency key"),
+            idempotency_ttl=duration(idempotency_ttl, "idempotency_ttl=", zero=False),
+            if_exists=if_exists,
+            at=at,
+            delay=None if delay is None else duration(delay, "delay="),
+            queue=None if queue is None else check_name(queue, "queue="),
+            timeout=None if timeout is None else duration(timeout, "timeout=", zero=False),
+        )
+        return view
+
+    async def start(
+        self, workflow: Workflow[Any, R] | Callable[..., Any] | str, /, *args: Any, **kwargs: Any
+    ) -> RunHandle[R]:
+        """Start a run; durable when it returns. workflow: the object, or a name that some worker has announced.
+
+        Arguments after it are the run's input, checked here if the object is given. Refused with nothing written:
+        UnknownWorkflow, TypeError (arguments that do not fit), PayloadError, LimitExceeded, RunExists,
+        IdempotencyConflict. Calling again with the same id or key gives the same run.
+        """
+        core = self._core
+        await core.open()
+        target, name, input, queue, timeout = await self._prepared(workflow, args, kwargs)
+        options = self._options
+        store = core.store
+        now = store.now()
+        start_at: int | None = None
+        if options.at is not None:
+            start_at = instant(options.at, "at=")
+        elif options.delay is not None:
+            start_at = now + micros(options.delay)
+        if start_at is not None and start_at <= now:
+            start_at = None
+        if options.timeout is not None:
+            timeout = options.timeout
+        begins = start_at if start_at is not None else now
+        seed = secrets.token_hex(16)
+        queue = options.queue if options.queue is not None else queue
+        shift = core.shift
+        owner: str | None = None
+        if (
+            shift is not None
+            and start_at is None
+            and target is not None
+            and core.registry.workflows.get(name) is target
+            and queue in shift.settings.queues
+            and shift.room > 0
+        ):
+            owner = shift.incarnation
+        text = input.decode()
+        key = options.idempotency_key
+        start = Start(
+            namespace=core.namespace,
+            id=options.id if options.id is not None else sortable_id(now, secrets.randbits(80)),
+            workflow=name,
+            input=text,
+            digest=codec.digest128(input),
+            seed=seed,
+            event=stored.encode(ev.Started(at=begins, seed=seed)),
+            queue=queue,
+            start_at=start_at,
+            deadline_at=None if timeout is None else begins + micros(timeout),
+            if_exists=options.if_exists,
+            idempotency_scope=name if key is not None else "",
+            idempotency_key=key,
+            idempotency_until=None if key is None else now + micros(options.idempotency_ttl),
+            owner=owner,
+            language=LANGUAGE,
+        )
+        returns = target.returns if target is not None else _ANY
+        verdict = await core.write(lambda committer, answer: committer.start(start, self._owning(start, answer)))
+        if isinstance(verdict, (Begun, Existing)):
+            return RunHandle(core, verdict.id, returns, key=verdict.run)
+        if isinstance(verdict, Taken):
+            raise RunExists(verdict.id)
+        assert isinstance(verdict, Conflict)
+        there = await core.read(lambda: store.run(core.namespace, verdict.id))
+        differs = "workflow" if there is not None and there.workflow != name else "input"
+        raise IdempotencyConflict(verdict.key or verdict.id, run_id=verdict.id, differs=differs)
+
+    def _owning(self, start: Start, answer: Callable[[Any], None]) -> Callable[[Any], None]:
+        """The answer to a start: what this process owns begins at once, before the caller goes on."""
+        if start.owner is None:
+            return answer
+
+        def answered(verdict: Any) -> None:
+            answer(verdict)
+            shift = self._core.shift
+            if isinstance(verdict, Begun) and shift is not None:
+                shift.begun(start, verdict.run, id=verdict.id, version=verdict.version, at=verdict.at)
+
+        return answered
+
+    async def _prepared(
+        self, workflow: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Workflow[Any, Any] | None, str, bytes, str, timedelta | None]:
+        core = self._core
+        target: Workflow[Any, Any] | None
+        if isinstance(workflow, str):
+            target = core.registry.workflows.get(workflow)
+        elif isinstance(workflow, Workflow):
+            target = workflow
+        else:
+            raise TypeError(
+                f"start() got {workflow!r}. It takes a function decorated with @workflow, or the name of one. "
+                "Decorate the function first."
+            )
+        if target is not None:
+            if not isinstance(workflow, str) and target.name not in core.registry.workflows:
+                await self._announced(target.name)
+            input = target.signature.encode(args, kwargs, limits=core.limits)
+            return target, target.name, input, target.queue, target.timeout
+        announced = await self._announced(workflow)
+        parameters = [Parameter(**p) for p in announced.signature or ()]
+        signature = Signature(workflow, parameters)
+        return None, workflow, signature.encode(args, kwargs, limits=core.limits), announced.queue, None
+
+    async def _announced(self, name: str) -> Announced:
+        announced = await self._core.served(name)
+        if announced is None:
+            raise UnknownWorkflow(name, [*self._core.announced, *self._core.registry.workflows])
+        return announced
+
+    def handle(self, run_id: str, /, *, returns: Any = Any) -> RunHandle[Any]:
+        """A handle for a run by its id; no I/O, no check: the first verb may raise `RunNotFound`."""
+        return RunHandle(self._core, check_id(run_id, "the run id"), plan(returns, what="returns="))
+
+    async def list_runs(
+        self,
+        *,
+        workflow: str | None = None,
+        status: Status | str | None = None,
+        parent: str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        limit: int = 50,
+        cursor: str | None = None,
+    ) -> RunPage:
+        """A page of runs, newest first. limit: 1 to 1,000. cursor: of the page before."""
+        core = self._core
+        if not 1 <= limit <= 1000:
+            raise ValueError(f"limit={limit} is not a page. A page has 1 to 1,000 runs. Use the cursor for more.")
+        if cursor is not None and not cursor.isdigit():
+            raise ValueError(f"cursor={cursor!r} is none of ours. Pass the .cursor of the page before.")
+        query = Query(
+            namespace=core.namespace,
+            workflow=workflow,
+            status=None if status is None else Status(status).value,
+            parent=None if parent is None else (await core.row(parent)).key,
+            created_after=None if created_after is None else instant(created_after, "created_after="),
+            created_before=None if created_before is None else instant(created_before, "created_before="),
+            limit=limit + 1,
+            cursor=None if cursor is None else int(cursor),
+        )
+        await core.open()
+        rows = await core.read(lambda: core.store.list(query))
+        more = len(rows) > limit
+        rows = rows[:limit]
+        return RunPage(items=[info_of(row) for row in rows], cursor=str(rows[-1].key) if more else None)
+
+    async def counts(self, *, workflow: str | None = None, queue: str | None = None) -> dict[Status, int]:
+        """How many retained runs have each status; only those above zero."""
+        core = self._core
+        await core.open()
+        found = await core.read(lambda: core.store.counts(core.namespace, workflow=workflow, queue=queue))
+        return {Status(status): count for status, count in found.items()}
+
+
+_ANY: Final = plan()
+
+
+def _no_codec(codec: Any) -> None:
+    if codec is not None:
+        raise ValueError("codec= comes with a later version. Payloads are plain JSON text now. Leave it out.")
+
+
+class RunHandle(Generic[R]):
+    """A run from outside: the verbs. Made by `start` and `handle`."""
+
+    def __init__(self, core: Core, run_id: str, returns: Plan, *, key: Key | None = None) -> None:
+        self._core = core
+        self._returns = returns
+        self._key = key
+        self.id = run_id
+
+    def __repr__(self) -> str:
+        return f"<run {self.id}>"
+
+    async def result(self, timeout: timedelta | float | None = None) -> R:
+        """Wait for the end: the value, or RunFailed, RunCancelled, RunTerminated, RunTimedOut.
+
+        timeout: waiting longer is a `TimeoutError`, whose text says what the run waits for; the run goes on. A
+        blocked run is still waited for, with one warning in the log.
+        """
+        if timeout is None:
+            return await self._result()
+        seconds = duration(timeout, "timeout=").total_seconds()
+        try:
+            return await asyncio.wait_for(self._result(), seconds)
+        except asyncio.TimeoutError:
+            raise TimeoutError(f"The result did not come within {seconds:g} s. {await self.why()}") from None
+
+    async def _result(self) -> R:
+        core = self._core
+        await core.open()
+        if self._key is None or (
+            self._key not in core.recent and (core.shift is None or self._key not in core.shift.residents)
+        ):
+            row = await core.row(self.id)
+            self._key = row.key
+            if row.status in ENDED or row.status == "quarantined":
+                core.resolve(row.key, Ending(row.status, row.result, row.error))
+            elif row.status == "blocked":
+                log.warning("waiting for the result of a blocked run: %s", info_of(row).waits.blocked)
+        ending = await core.end_of(self._key)
+        if ending.status == "completed":
+            value: R = self._returns.decode(ending.result or "null", "the run's result")
+            return value
+        failure = _FAILURES[ending.status]
+        error = None if not ending.error else msgspec.json.decode(ending.error, type=RecordedError)
+        reason = error.message if error is not None and failure is not RunFailed else ""
+        raise failure(self.id, info=await self.info(), cause=error, reason=reason)
+
+    async def status(self) -> Status:
+        """One word."""
+        return Status((await self._core.row(self.id)).status)
+
+    async def info(self) -> RunInfo:
+        """Everything known, as of now."""
+        return info_of(await self._core.row(self.id))
+
+    async def history(self) -> list[Event]:
+        """The events, oldest first."""
+        core = self._core
+        row = await core.row(self.id)
+        return events_of([stored.decode(text) for text in await core.read(lambda: core.store.history(row.key))])
+
+    async def why(self) -> str:
+        """One sentence: what it waits for, since when, and who could move it."""
+        core = self._core
+        row = await core.row(self.id)
+
+        def look() -> str:
+            store = core.store
+            announced = store.announced(core.namespace)
+            around = why_.Surroundings(
+                served=frozenset(each.name for each in announced if each.live),
+                announced=frozenset(each.name for each in announced),
+                worker=None if row.owner is None else store.worker(row.owner),
+                mail=store.mailbox(row.key),
+                children={child.id: child.status for child in store.children(row.key)},
+            )
+            return why_.why(row, store.now(), around)
+
+        return await core.read(look)
+
+    async def signal(self, name: str, /, *args: Any, message_id: str | None = None) -> None:
+        """Send a signal; kept when it returns. The same `message_id` twice is one signal.
+
+        args: none, one, or several (the run then gets a list). RunNotFound; RunFinished after the end;
+        LimitExceeded if the mailbox is full.
+        """
+        value = args[0] if len(args) == 1 else (list(args) if args else None)
+        check_id(name, "the name of a signal")
+        data = codec.encode(value, what=f'the value of signal "{name}"', limits=self._core.limits)
+        if message_id is None:
+            message_id = secrets.token_hex(12)
+        else:
+            check_message_id(message_id)
+        await self._send(
+            Send(
+                to=self._address(),
+                id=message_id,
+                kind="signal",
+                name=name,
+                data=data.decode(),
+                limit=self._core.limits.mailbox,
+            )
+        )
+
+    async def cancel(self, reason: str = "") -> None:
+        """Ask the code to stop. Twice is once; nothing happens to an ended run."""
+        data = codec.encode({"reason": reason}, what="the reason", limits=self._core.limits)
+        await self._send(Send(to=self._address(), id=CANCEL, kind="cancel", data=data.decode()), quiet=True)
+
+    def _address(self) -> Address:
+        return Address(namespace=self._core.namespace, id=self.id)
+
+    async def _send(self, send: Send, *, quiet: bool = False) -> None:
+        verdict = await self._core.write(lambda committer, answer: committer.send(send, answer))
+        if isinstance(verdict, NotFound):
+            raise RunNotFound(self.id, namespace=self._core.namespace)
+        if isinstance(verdict, Finished) and not quiet:
+            raise RunFinished(self.id, status=verdict.status)
+        if isinstance(verdict, MailboxFull):
+            raise LimitExceeded(
+                f"The mailbox of run {self.id} is full. It holds {verdict.limit} unread messages, which is the limit. "
+                "Wait until the run has taken some.",
+                what="the mailbox",
+                limit=verdict.limit,
+            )
+
+    async def terminate(self, reason: str = "") -> None:
+        """End the run without asking its code. Twice is once; nothing happens to an ended run."""
+        core = self._core
+        codec.encode(reason, what="the reason", limits=core.limits)
+        for _ in range(100):
+            row = await core.row(self.id)
+            if row.status in ENDED:
+                return
+            turn = await core.read(
+                functools.partial(
+                    end_without_code,
+                    core.store,
+                    row,
+                    "terminated",
+                    reason=reason,
+                    turn_id=f"{secrets.token_hex(16)}-1",
+                )
+            )
+            verdict = await core.write(functools.partial(_add_turn, turn))
+            if not isinstance(verdict, Fenced):
+                core.resolve(row.key, Ending("terminated", None, turn.error))
+                return
+            await asyncio.sleep(0.005)
+        raise PerdureError(
+            f"Run {self.id} could not be terminated. It changed each time between reading and writing. Try again."
+        )
+
+
+def _add_turn(turn: Turn, committer: Committer, answer: Callable[[Any], None]) -> None:
+    committer.turn(turn, answer)
+
+

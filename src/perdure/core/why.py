@@ -1,0 +1,245 @@
+"""One sentence on what a run waits for, since when, and who could move it. Pure: told the row and the time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+from perdure.core.retry import moment
+from perdure.core.turn import Mail, Row
+from perdure.core.waits import Wait, read_waits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What the sentence needs beyond the row.
+
+    served: workflow names (and activity names) that a living worker serves; announced: that any worker ever did.
+    worker: name of the living owner, None if there is none. mail: unread. children: status by child run id.
+    """
+
+    served: frozenset[str]
+    announced: frozenset[str]
+    worker: str | None
+    mail: Sequence[Mail]
+    children: Mapping[str, str]
+
+
+def why(row: Row, now: int, around: Surroundings) -> str:
+    """The sentence; for a blocked run the whole report."""
+    return _BY_STATUS.get(row.status, _unknown)(row, now, around)
+
+
+def _ended(row: Row, now: int, around: Surroundings) -> str:
+    when = moment(row.ended_at).strftime("%Y-%m-%d %H:%M:%S UTC") if row.ended_at else "earlier"
+    return f"Run {row.id} has ended: it is {row.status.replace('_', ' ')} since {when}, nothing can move it."
+
+
+def _scheduled(row: Row, now: int, around: Surroundings) -> str:
+    return f"Run {row.id} starts at {_at(row.wake_at)}, in {_length((row.wake_at or now) - now)}; cancel it to stop that."
+
+
+def _ready(row: Row, now: int, around: Surroundings) -> str:
+    since = _length(now - row.created_at)
+    what = "workflow" if row.kind == "workflow" else "activity"
+    if row.workflow not in around.served:
+        if row.workflow in around.announced:
+            return (
+                f'Run {row.id} waits for a worker since {since}: none that serves {what} "{row.workflow}" lives now; '
+                f"start one with `perdure worker`."
+            )
+        return (
+            f'Run {row.id} waits for a worker since {since}: nobody has ever announced {what} "{row.workflow}"; '
+            "start a worker that serves it."
+        )
+    if row.strikes >= 2:
+        return (
+            f"Run {row.id} waits since {since} to be executed alone, because it killed its worker {row.strikes} times; "
+            "a worker takes it when nothing else of its is executing."
+        )
+    return (
+        f'Run {row.id} waits for room in a worker since {since}: workers serve "{row.workflow}" on queue '
+        f'"{row.queue}"; more workers would take it sooner.'
+    )
+
+
+def _held(row: Row, now: int, around: Surroundings) -> str:
+    return f"Run {row.id} is held by a limit since {_length(now - row.created_at)}; it goes on when a slot is free."
+
+
+def _running(row: Row, now: int, around: Surroundings) -> str:
+    by = f"worker {around.worker}" if around.worker else "a worker that no longer answers"
+    waits = read_waits(row.waits)
+    for wait in waits.waits:
+        if wait.kind == "step":
+            return (
+                f'Run {row.id} is running step "{wait.step}"{_site(wait)}, attempt {wait.attempt}'
+                f"{_of(wait)}, in {by} since {_length(now - wait.since)}; it goes on when the step's function returns."
+            )
+    if around.worker is None:
+        return (
+            f"Run {row.id} was being executed by {by}; another worker takes it over when that one's lease has run out."
+        )
+    return f"Run {row.id} is being executed by {by}; nothing has to be done."
+
+
+def _blocked(row: Row, now: int, around: Surroundings) -> str:
+    waits = read_waits(row.waits)
+    return waits.blocked or f"Run {row.id} is blocked: its code differs from its history."
+
+
+def _quarantined(row: Row, now: int, around: Surroundings) -> str:
+    return (
+        f"Run {row.id} is quarantined: it killed its worker {row.strikes} times, the last time executed alone; "
+        "mend its code, then terminate it and start anew."
+    )
+
+
+def _paused(row: Row, now: int, around: Surroundings) -> str:
+    return f"Run {row.id} is paused; whoever paused it can resume it."
+
+
+def _unknown(row: Row, now: int, around: Surroundings) -> str:
+    return f"Run {row.id} is {row.status}."
+
+
+def _waiting(row: Row, now: int, around: Surroundings) -> str:
+    waits = read_waits(row.waits)
+    if row.owner is None and row.workflow not in around.served and around.mail:
+        return (
+            f"Run {row.id} has {len(around.mail)} unread message(s), but no worker that serves \"{row.workflow}\" lives; "
+            "start one with `perdure worker`."
+        )
+    if waits.restless:
+        return (
+            f"Run {row.id} was interrupted because its code did not rest ({waits.restless}); it is tried again in "
+            f"{_length((row.wake_at or now) - now)}; put what takes long into a step."
+        )
+    if not waits.waits:
+        return f"Run {row.id} waits; its next turn is due {_due(row.wake_at, now)}."
+    first = waits.waits[0]
+    sentence = f"Run {row.id} {_WAITS.get(first.kind, _wait_other)(first, now, around)}"
+    others = len(waits.waits) - 1 + waits.more
+    if others:
+        sentence += f" It waits for {others} more {'thing' if others == 1 else 'things'} beside."
+    if waits.cancel is not None:
+        reason = f' ("{waits.cancel}")' if waits.cancel else ""
+        sentence += f" It was asked to cancel{reason} and has not ended: its code ignores that or is cleaning up."
+    if row.workflow not in around.served:
+        sentence += f' No worker that serves "{row.workflow}" lives now.'
+    return sentence
+
+
+def _wait_sleep(wait: Wait, now: int, around: Surroundings) -> str:
+    return (
+        f'sleeps in "{wait.step}"{_site(wait)} since {_length(now - wait.since)}, until {_at(wait.until)} '
+        f"({_due(wait.until, now)}); only time, or a cancel, moves it."
+    )
+
+
+def _wait_signal(wait: Wait, now: int, around: Surroundings) -> str:
+    until = f", until {_at(wait.until)}" if wait.until is not None else ", without a timeout"
+    return (
+        f'waits in "{wait.step}"{_site(wait)} for signal "{wait.name}" since {_length(now - wait.since)}{until}; '
+        f"whoever sends it moves the run (`perdure signal RUN {wait.name}`)."
+    )
+
+
+def _wait_child(wait: Wait, now: int, around: Surroundings) -> str:
+    status = around.children.get(wait.run)
+    state = f", which is {status}" if status else ""
+    return (
+        f'waits in "{wait.step}"{_site(wait)} for child run {wait.run}{state}, since {_length(now - wait.since)}; '
+        f"see `perdure why {wait.run}`."
+    )
+
+
+def _wait_activity(wait: Wait, now: int, around: Surroundings) -> str:
+    if wait.name not in around.served:
+        return (
+            f'waits in "{wait.step}"{_site(wait)} for activity "{wait.name}" since {_length(now - wait.since)}; '
+            "no living worker serves it: start one."
+        )
+    return (
+        f'waits in "{wait.step}"{_site(wait)} for activity "{wait.name}" since {_length(now - wait.since)}; '
+        "a worker of its queue moves it."
+    )
+
+
+def _wait_retry(wait: Wait, now: int, around: Surroundings) -> str:
+    return (
+        f'waits to try step "{wait.step}"{_site(wait)} again, attempt {wait.attempt}{_of(wait)}, '
+        f"{_due(wait.until, now)}; the last attempt failed with {wait.error or 'an error'}."
+    )
+
+
+def _wait_timer(wait: Wait, now: int, around: Surroundings) -> str:
+    return f"waits for a timer of its own code until {_at(wait.until)} ({_due(wait.until, now)}); only time moves it."
+
+
+def _wait_nothing(wait: Wait, now: int, around: Surroundings) -> str:
+    return (
+        f"waits for nothing that can come, since {_length(now - wait.since)}: its code awaits an asyncio object that "
+        "nothing of it will ever set; terminate it and mend the code."
+    )
+
+
+def _wait_other(wait: Wait, now: int, around: Surroundings) -> str:
+    return f'waits in "{wait.step}"{_site(wait)} since {_length(now - wait.since)}.'
+
+
+_BY_STATUS = {
+    "scheduled": _scheduled,
+    "ready": _ready,
+    "held": _held,
+    "running": _running,
+    "waiting": _waiting,
+    "blocked": _blocked,
+    "quarantined": _quarantined,
+    "paused": _paused,
+    **{s: _ended for s in ("completed", "failed", "cancelled", "terminated", "timed_out", "continued")},
+}
+
+_WAITS = {
+    "sleep": _wait_sleep,
+    "signal": _wait_signal,
+    "child": _wait_child,
+    "activity": _wait_activity,
+    "retry": _wait_retry,
+    "timer": _wait_timer,
+    "nothing": _wait_nothing,
+}
+
+
+def _site(wait: Wait) -> str:
+    return f" ({wait.site})" if wait.site else ""
+
+
+def _of(wait: Wait) -> str:
+    return f" of {wait.attempts}" if wait.attempts else ""
+
+
+def _at(at: int | None) -> str:
+    return "an unknown time" if at is None else moment(at).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _due(at: int | None, now: int) -> str:
+    if at is None:
+        return "never"
+    return f"in {_length(at - now)}" if at > now else f"since {_length(now - at)}"
+
+
+def _length(micros: int) -> str:
+    """A length as people say it: the two largest units."""
+    length = timedelta(microseconds=max(micros, 0))
+    seconds = int(length.total_seconds())
+    if seconds < 1:
+        return f"{max(micros, 0) // 1000} ms"
+    units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+    parts = []
+    for name, size in units:
+        count, seconds = divmod(seconds, size)
+        if count:
+            parts.append(f"{count} {name}")
+    return " ".join(parts[:2])

@@ -1,0 +1,241 @@
+"""Client and worker in one process: the embedded default. And the `Worker`, which only serves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import Any
+
+from perdure.client import Client, Core, _no_codec
+from perdure.core.limits import Limits, check_name
+from perdure.core.retry import duration
+from perdure.runtime.registry import Activity, Registry, Workflow
+from perdure.stores.contract import Store
+from perdure.worker.claiming import Housekeeper, Serving, Watcher
+from perdure.worker.committer import CommitterThread
+from perdure.worker.shift import Settings, Shift
+from perdure.worker.watchdog import Watchdog
+
+log = logging.getLogger("perdure.worker")
+
+GRACE = 30.0
+"""Seconds that steps in flight get to end when a worker stops."""
+
+
+class _Serves(Core):
+    """A core with a shift: what it starts and is asked for, it also executes."""
+
+    def __init__(self, store: str | Store | None, registry: Registry, settings: Settings) -> None:
+        super().__init__(store, settings.namespace, settings.limits)
+        self.registry = registry
+        self.settings = settings
+        self._threads: list[Serving] = []
+        self._watchdog: Watchdog | None = None
+
+    async def open(self) -> None:
+        if self.loop is not None or self.closed:
+            await super().open()
+            return
+        await super().open()
+        assert self.loop is not None and self.shift is not None
+        shift = self.shift
+        announcement = shift.announcement()
+        await self.loop.run_in_executor(self.readers, self.store.announce, announcement)
+        shift.begin(announcement)
+        assert shift.heartbeat is not None
+        shift.heartbeat.start()
+        watcher = Watcher(self.store, shift)
+        keeper = Housekeeper(self.store, shift)
+        self._watchdog = Watchdog(shift.watched, self.limits.busy)
+        self._threads = [
+            Serving("perdure-watcher", watcher.step),
+            Serving("perdure-housekeeper", keeper.step, pause=min(self.settings.lease / 3, 0.5)),
+        ]
+        log.info("worker %s serves %s on %s (%s)", shift.incarnation[:8], ", ".join(self.registry.workflows) or "no workflow",
+                 self.store.url, self.store.durability)
+
+    def begin(self) -> None:
+        assert self.loop is not None
+        self.shift = Shift(
+            self.store,
+            self.registry,
+            self.settings,
+            self.loop,
+            kick=lambda: self.thread.kick() if self.thread is not None else None,
+            ended_run=self.run_ended,
+        )
+        self.committer = self.shift.committer
+        self.thread = CommitterThread(self.committer)
+
+    async def drain(self, grace: float) -> bool:
+        """Begin nothing new and wait until what is in flight has ended; False if the grace ran out."""
+        shift = self.shift
+        if shift is None:
+            return True
+        shift.drain()
+        deadline = time.monotonic() + grace
+        while not shift.idle:
+            if time.monotonic() >= deadline:
+                return False
+            await asyncio.sleep(0.005)
+        return True
+
+    async def close(self) -> None:
+        if self.closed or self.loop is None:
+            await super().close()
+            return
+        shift = self.shift
+        for thread in self._threads:
+            thread.stop()
+        if self._watchdog is not None:
+            self._watchdog.stop()
+        if shift is not None:
+            shift.close()
+            if shift.heartbeat is not None:
+                await self.loop.run_in_executor(self.readers, shift.heartbeat.stop)
+            if self.thread is not None:
+                await self.loop.run_in_executor(self.readers, self.thread.stop)
+            self.store.wake()
+            for thread in self._threads:
+                await self.loop.run_in_executor(self.readers, thread.join, 5.0)
+            # After the last turn: what is still ours goes back to others at once.
+            await self.loop.run_in_executor(self.readers, self.store.retire, shift.incarnation)
+        await super().close()
+
+
+class Engine(Client):
+    """A client and a worker in one process: `async with Engine("sqlite:///orders.db", workflows=[...]) as engine`.
+
+    store: URL or store object; default `PERDURE_STORE`, else `sqlite:///perdure.db`.
+    workflows, activities: decorated functions, or modules that hold some; it serves what it is given.
+    concurrency: steps and activities executing at once. threads: for sync ones. resident: runs kept in memory.
+    lease: seconds after which a worker that is not heard of is taken for dead. codec: later.
+    Closing drains: steps in flight get 30 seconds to end, then the runs go back to other workers at once.
+    """
+
+    def __init__(
+        self,
+        store: str | Store | None = None,
+        *,
+        workflows: Iterable[Workflow[Any, Any] | ModuleType] = (),
+        activities: Iterable[Activity[Any, Any] | ModuleType] = (),
+        namespace: str = "default",
+        queues: Sequence[str] = ("default",),
+        concurrency: int = 256,
+        threads: int = 32,
+        resident: int = 10_000,
+        lease: float = 15,
+        limits: Limits | None = None,
+        codec: Any = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(store, namespace=namespace, limits=limits, codec=codec)
+        self._core = _serving(
+            store, workflows, activities, namespace, queues, concurrency, threads, resident, lease, limits, name
+        )
+
+    async def close(self) -> None:
+        """Drain, hand the runs back, give the store back. Twice is once."""
+        core = self._core
+        assert isinstance(core, _Serves)
+        if not core.closed and core.loop is not None and not await core.drain(GRACE):
+            log.warning("steps did not end within %g s of closing; they are left to themselves", GRACE)
+        await core.close()
+
+
+def _serving(
+    store: str | Store | None,
+    workflows: Iterable[Workflow[Any, Any] | ModuleType],
+    activities: Iterable[Activity[Any, Any] | ModuleType],
+    namespace: str,
+    queues: Sequence[str],
+    concurrency: int,
+    threads: int,
+    resident: int,
+    lease: float,
+    limits: Limits | None,
+    name: str | None,
+) -> _Serves:
+    if isinstance(queues, str):
+        raise TypeError(f"queues={queues!r} is a text. It would be read letter by letter. Pass a list: [{queues!r}].")
+    for what, value, least in (("concurrency", concurrency, 1), ("threads", threads, 1), ("resident", resident, 0)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{what}={value!r} is not a number of at least {least}.")
+    return _Serves(
+        store,
+        Registry(workflows, activities),
+        Settings(
+            namespace=namespace,
+            queues=[check_name(queue, "queues=") for queue in queues],
+            concurrency=concurrency,
+            threads=threads,
+            resident=resident,
+            lease=duration(lease, "lease=", zero=False).total_seconds(),
+            limits=limits,
+            name=name,
+        ),
+    )
+
+
+class Worker:
+    """Serves workflows and activities: `await run()` until SIGTERM or `stop()`. Takes what `Engine` takes."""
+
+    def __init__(
+        self,
+        store: str | Store | None = None,
+        *,
+        workflows: Iterable[Workflow[Any, Any] | ModuleType] = (),
+        activities: Iterable[Activity[Any, Any] | ModuleType] = (),
+        namespace: str = "default",
+        queues: Sequence[str] = ("default",),
+        concurrency: int = 256,
+        threads: int = 32,
+        resident: int = 10_000,
+        lease: float = 15,
+        limits: Limits | None = None,
+        codec: Any = None,
+        name: str | None = None,
+    ) -> None:
+        _no_codec(codec)
+        self._core = _serving(
+            store, workflows, activities, namespace, queues, concurrency, threads, resident, lease, limits, name
+        )
+        self._stopping: asyncio.Event | None = None
+        self._grace = GRACE
+        self.drained = True
+
+    async def run(self) -> None:
+        """Serve until `stop()`, SIGTERM or SIGINT; then drain and hand the runs back. `drained` says if all ended."""
+        self._stopping = asyncio.Event()
+        await self._core.open()
+        loop = asyncio.get_running_loop()
+        installed = []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                loop.add_signal_handler(number, self._stopping.set)
+                installed.append(number)
+            except (NotImplementedError, RuntimeError, ValueError):
+                continue  # Not the main thread: whoever runs us calls stop().
+        try:
+            await self._stopping.wait()
+            for number in installed:
+                # A second signal ends the process at once.
+                loop.remove_signal_handler(number)
+            installed.clear()
+            self.drained = await self._core.drain(self._grace)
+        finally:
+            for number in installed:
+                loop.remove_signal_handler(number)
+            await self._core.close()
+
+    async def stop(self, grace: float = GRACE) -> None:
+        """End `run()`: steps in flight get `grace` seconds, then the runs go back to others. Twice is once."""
+        self._grace = duration(grace, "grace=").total_seconds()
+        if self._stopping is not None:
+            self._stopping.set()
+
+

@@ -1,0 +1,775 @@
+"""`ctx` and `ctx.step`: what a workflow's code may know, say and do, in its async and its sync face.
+
+Both faces ask through the same `_Asking`; they differ in how they wait. In an async run (and a generator) an
+operation is an `Operation`, which passes for a coroutine and begins when it is awaited; in a sync run the call
+itself waits. `start` begins at once in both and gives a `Pending`.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import random
+import threading
+import uuid
+import warnings
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from hashlib import blake2b
+from typing import Any, Final, Generic, ParamSpec, Protocol, TypeVar
+
+from perdure.core.codec import plan
+from perdure.core.errors import Cancelled, Evicted
+from perdure.core.limits import Limits, check_id
+from perdure.core.match import CANCELLED, DONE, Line, Op
+from perdure.core.retry import duration, instant, micros, moment
+from perdure.runtime import steps
+from perdure.runtime.loop import RunFuture, RunLoop
+from perdure.runtime.registry import Activity, Workflow
+from perdure.runtime.steps import NO_OPTIONS, Options, call_site
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+RETURN_WHEN: Final = ("ALL_COMPLETED", "FIRST_COMPLETED", "FIRST_EXCEPTION")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThisRun:
+    """`ctx.run`: what a run knows of itself."""
+
+    id: str
+    generation: int
+    workflow: str
+    queue: str
+    namespace: str
+    attempt: int
+    max_attempts: int | None
+    parent: str | None
+    root: str
+    created_at: datetime
+
+
+MOST_REFUSALS: Final = 100
+"""So often a dead context raises; then it makes the caller wait for ever, or a loop with a bare `except` would spin."""
+
+
+class Host(Protocol):
+    """The driver as the context sees it: may the caller speak, and how does it wait?"""
+
+    line: Line
+    stopped: BaseException | None
+
+    def hold(self) -> None:
+        """Sync runs: keep a thread that does not want to end for ever."""
+
+    def active(self) -> bool:
+        """Whether the calling thread is the one in which this run's body runs now."""
+
+    def wait_for(self, ready: Callable[[], bool], ops: Sequence[Op]) -> None:
+        """Sync runs: give the thread back until `ready()`."""
+
+
+class _Asking:
+    """What the two faces of `ctx.step` share: checks at the call, and the `Op` that the line begins."""
+
+    __slots__ = ("_collecting", "_facts", "_options")
+
+    def __init__(self, facts: Facts, options: Options = NO_OPTIONS) -> None:
+        self._facts = facts
+        self._options = options
+
+    def _checked(self, id: str, what: str = "a step id") -> Line:
+        facts = self._facts
+        facts.may_speak(what)
+        if type(id) is not str or not id.isprintable() or not 0 < len(id) <= 255:
+            check_id(id, what)
+        return facts.line
+
+    def _local(self, id: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], depth: int = 3) -> Op:
+        line = self._checked(id)
+        options = self._options
+        if type(fn) is Activity and (fn.queue is not None or options.queue is not None):
+            op = steps.activity(id, fn, args, kwargs, options, self._facts.limits, call_site(depth), line.run_id)
+        else:
+            op = steps.local(id, fn, args, kwargs, options, self._facts.limits, call_site(depth))
+        line.ask(op)
+        return op
+
+    def _child(
+        self, id: str, workflow: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, awaited: bool, depth: int = 3
+    ) -> Op:
+        line = self._checked(id)
+        op = steps.child(
+            id,
+            workflow,
+            args,
+            kwargs,
+            self._options,
+            self._facts.limits,
+            call_site(depth),
+            line.run_id,
+            awaited=awaited,
+            known=self._facts.known,
+        )
+        line.ask(op)
+        return op
+
+    def _target(self, id: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Op:
+        if isinstance(target, (Workflow, str)):
+            return self._child(id, target, args, kwargs, awaited=True, depth=4)
+        return self._local(id, target, args, kwargs, depth=4)
+
+    def _sleep(self, id: str, length: Any, days: float, hours: float, minutes: float, seconds: float) -> Op:
+        line = self._checked(id)
+        total = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+        if length is not None:
+            total += duration(length, f'the duration of sleep "{id}"', negative=True)
+        # Year 9999 is the last a datetime can name.
+        due = min(line.now + max(micros(total), 0), LATEST)
+        op = Op("sleep", id, site=call_site(3), spec=steps.Length(length=due - line.now))
+        line.ask(op)
+        return op
+
+    def _sleep_until(self, id: str, when: datetime) -> Op:
+        line = self._checked(id)
+        due = instant(when, f'the time of sleep_until "{id}"')
+        op = Op("sleep", id, site=call_site(3), spec=steps.Length(due=due))
+        line.ask(op)
+        return op
+
+    def _signal(self, id: str, name: str | None, returns: Any, timeout: Any) -> Op:
+        line = self._checked(id)
+        length = None if timeout is None else micros(duration(timeout, f'the timeout of wait_signal "{id}"'))
+        if length is not None:
+            length = min(length, LATEST - line.now)
+        name = id if name is None else check_id(name, "the name of a signal")
+        op = Op(
+            "signal_wait", id, name=name, site=call_site(3), spec=steps.Length(length=length, returns=plan(returns, what="returns="))
+        )
+        line.ask(op)
+        return op
+
+    def key(self, id: str, /) -> str:
+        """The step's idempotency key: the same on every execution, different for every step and run.
+
+        Works before and after the step; equals `current_step().key` inside it.
+        """
+        self._checked(id)
+        return step_key(self._facts.seed, id)
+
+    def _with(self, options: Mapping[str, Any]) -> Options:
+        changes: dict[str, Any] = {}
+        for name, value in options.items():
+            if value is None:
+                continue
+            if name in ("timeout", "total_timeout"):
+                value = duration(value, f"{name}=", zero=False)
+            elif name == "raises":
+                value = (value,) if isinstance(value, type) else tuple(value)
+            elif name == "parent_close" and value not in ("cancel", "abandon"):
+                raise ValueError(f'parent_close={value!r} is not known. It is "cancel" or "abandon".')
+            elif name in ("id", "queue"):
+                value = check_id(value, f"{name}=")
+            changes[name] = value
+        return self._options.with_(**changes)
+
+
+LATEST: Final = instant(datetime.fromisoformat("9999-12-31T23:59:59+00:00"), "the last time")
+
+
+def step_key(seed: str, step: str) -> str:
+    """The idempotency key of a step, derived from the run's seed: 32 hexadecimal characters."""
+    return blake2b(step.encode(), key=bytes.fromhex(seed), digest_size=16).hexdigest()
+
+
+class Facts:
+    """What the contexts of one run share; made by the play, told by it when the run is over."""
+
+    __slots__ = ("host", "input_first", "known", "limits", "line", "raised", "random", "run", "seed", "uuids")
+
+    def __init__(
+        self, *, host: Host, run: ThisRun, seed: str, limits: Limits, known: Mapping[str, Workflow[Any, Any]]
+    ) -> None:
+        self.host = host
+        self.line = host.line
+        self.run = run
+        self.seed = seed
+        self.limits = limits
+        self.known = known
+        self.random: random.Random | None = None
+        self.uuids = 0
+        self.input_first: Any = None
+        self.raised = 0
+
+    def may_speak(self, what: str) -> None:
+        """Refuse calls of a dead context, and of anybody but the body."""
+        if self.line.dead:
+            self.raised += 1
+            if self.raised <= MOST_REFUSALS:
+                raise Evicted(f"Run {self.run.id} has left memory.")
+            self.host.hold()
+            return
+        if not self.host.active():
+            if self.host.stopped is not None:
+                raise self.host.stopped
+            raise RuntimeError(
+                f"ctx was used outside the workflow's own body (for {what}). Only the body may call it, because "
+                "threads, steps and finalizers do not come again in the same order. Return a value from the step, "
+                "and call ctx with it in the body."
+            )
+        if _collecting.get(threading.get_ident()):
+            raise RuntimeError(
+                f"ctx was used while the garbage collector ran (for {what}). A replay would not do that at the same "
+                "place. Call it in the body, not in __del__."
+            )
+
+
+_collecting: dict[int, bool] = {}
+
+
+def _collector(phase: str, info: dict[str, int]) -> None:
+    if phase == "start":
+        _collecting[threading.get_ident()] = True
+    else:
+        _collecting.pop(threading.get_ident(), None)
+
+
+gc.callbacks.append(_collector)
+
+
+# --- waiting, async ------------------------------------------------------------------------------------
+
+
+class _StepFuture(RunFuture):
+    """What a task awaits in `run`: cancelling it gives the step up."""
+
+    __slots__ = ("op",)
+
+    op: Op
+
+    def cancel(self, msg: Any = None) -> bool:
+        if self.done():
+            return False
+        loop: RunLoop = self._loop  # type: ignore[assignment]
+        loop.line.cancel(self.op)
+        return super().cancel(msg)
+
+
+def _settle(future: RunFuture) -> Callable[[Op], None]:
+    def settle(op: Op) -> None:
+        if future.done():
+            return
+        if op.error is not None:
+            future.set_exception(op.error)
+        elif op.state == CANCELLED:
+            RunFuture.cancel(future)
+        else:
+            future.set_result(op.value)
+
+    return settle
+
+
+class Operation(Coroutine[Any, Any, T]):
+    """A durable operation that was asked for and waits to be awaited; passes for a coroutine."""
+
+    __slots__ = ("_begun", "_iterator", "_loop", "_op", "number")
+
+    def __init__(self, op: Op, loop: RunLoop) -> None:
+        self._op = op
+        self._loop = loop
+        self._iterator: Generator[Any, Any, T] | None = None
+        self._begun = False
+        loop.count += 1
+        self.number = loop.count
+
+    def __hash__(self) -> int:
+        return self.number
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        if self._begun:
+            raise RuntimeError(f'The operation "{self._op.id}" was awaited twice. Keep its result instead.')
+        self._begun = True
+        op = self._op
+        loop = self._loop
+        if loop.line.dead:
+            if loop.held:
+                return loop.create_future().__await__()
+            raise Evicted(f"Run {loop.line.run_id} has left memory.")
+        if not loop.inside:
+            raise RuntimeError(f'The operation "{op.id}" was awaited outside its workflow. Await it in the body.')
+        future = _StepFuture(loop=loop)
+        future.op = op
+        loop.line.begin(op)
+        if op.state >= DONE:
+            _settle(future)(op)
+        else:
+            op.waiters.append(_settle(future))
+        return future.__await__()
+
+    def send(self, value: Any) -> Any:
+        if self._iterator is None:
+            self._iterator = self.__await__()
+        return self._iterator.send(value)
+
+    def throw(self, *error: Any) -> Any:  # type: ignore[override]
+        if self._iterator is None:
+            self._begun = True
+            self._loop.line.cancel(self._op)
+            raise error[0] if isinstance(error[0], BaseException) else error[1] or error[0]
+        return self._iterator.throw(*error)
+
+    def close(self) -> None:
+        if self._iterator is not None:
+            self._iterator.close()
+        self._begun = True
+
+    def __del__(self) -> None:
+        if not self._begun and not self._loop.line.dead and not self._loop.closed:
+            warnings.warn(
+                f'The durable operation "{self._op.id}" ({self._op.site}) was never awaited, so it did not happen.',
+                RuntimeWarning,
+                stacklevel=1,
+            )
+
+
+class _PendingBase(Generic[R]):
+    __slots__ = ("_facts", "_op")
+
+    def __init__(self, op: Op, facts: Facts) -> None:
+        self._op = op
+        self._facts = facts
+
+    @property
+    def id(self) -> str:
+        """The step id."""
+        return self._op.id
+
+    def done(self) -> bool:
+        """Whether it has ended: with a value, an error or a cancellation."""
+        return self._op.over
+
+    def _give_up(self) -> None:
+        self._facts.may_speak(f'cancelling "{self._op.id}"')
+        self._facts.line.cancel(self._op)
+
+    def __repr__(self) -> str:
+        return f"<pending {self._op.kind} {self._op.id!r}>"
+
+
+class Pending(_PendingBase[R]):
+    """A durable operation that has begun: `await .result()`, `await .cancel()`."""
+
+    __slots__ = ()
+
+    def result(self, timeout: timedelta | float | None = None) -> Awaitable[R]:
+        """Its value or its error; waiting longer than `timeout` is a `TimeoutError` and leaves it running."""
+        return _waited(self._facts, [self._op], timeout, lambda ops: _outcome(ops[0]))
+
+    def cancel(self) -> Awaitable[None]:
+        """Give it up: its final outcome is then a cancellation. Twice is once."""
+        return _now(self._give_up)
+
+
+async def _now(act: Callable[[], None]) -> None:
+    act()
+
+
+def _outcome(op: Op) -> Any:
+    if op.error is not None:
+        raise op.error
+    if op.state == CANCELLED:
+        raise Cancelled(f'the step "{op.id}" was cancelled')
+    return op.value
+
+
+async def _waited(facts: Facts, ops: list[Op], timeout: Any, read: Callable[[list[Op]], T]) -> T:
+    """Wait in an async run until all of `ops` have ended."""
+    await _until(facts, lambda: all(op.over for op in ops), ops, timeout, strict=True)
+    return read(ops)
+
+
+async def _until(
+    facts: Facts, ready: Callable[[], bool], ops: list[Op], timeout: Any, *, strict: bool
+) -> None:
+    """Wait in an async run until `ready()`; a wait that ran out is a TimeoutError if `strict`."""
+    facts.may_speak("waiting")
+    if ready():
+        return
+    loop: RunLoop = facts.host.loop  # type: ignore[attr-defined]
+    future = loop.create_future()
+
+    def check(op: Op) -> None:
+        if not future.done() and ready():
+            future.set_result(None)
+
+    for op in ops:
+        if not op.over:
+            op.waiters.append(check)
+    timer = None
+    if timeout is not None:
+        length = duration(timeout, "timeout=").total_seconds()
+        if length == 0 and not strict:
+            return
+        timer = loop.call_later(length, lambda: future.done() or future.set_exception(TimeoutError(_too_long(ops))))
+    try:
+        await future
+    except TimeoutError:
+        if strict:
+            raise
+    finally:
+        if timer is not None:
+            timer.cancel()
+        for op in ops:
+            if check in op.waiters:
+                op.waiters.remove(check)
+
+
+def _too_long(ops: Sequence[Op]) -> str:
+    names = ", ".join(f'"{op.id}"' for op in ops[:3])
+    return f"Waiting for {names} took longer than the timeout. It goes on; wait again, or cancel it."
+
+
+def _enough(ops: Sequence[Op], return_when: str) -> Callable[[], bool]:
+    if return_when not in RETURN_WHEN:
+        raise ValueError(f"return_when={return_when!r} is not known. It is one of {', '.join(RETURN_WHEN)}.")
+    if return_when == "FIRST_COMPLETED":
+        return lambda: not ops or any(op.over for op in ops)
+    if return_when == "FIRST_EXCEPTION":
+        return lambda: all(op.over for op in ops) or any(op.error is not None for op in ops)
+    return lambda: all(op.over for op in ops)
+
+
+def _split(pending: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+    handles = list(dict.fromkeys(pending))
+    done = sorted((h for h in handles if h._op.over), key=lambda h: h._op.ended)
+    return done, [h for h in handles if not h._op.over]
+
+
+def _ops_of(pending: Iterable[Any]) -> list[Op]:
+    ops = []
+    for handle in pending:
+        if not isinstance(handle, _PendingBase):
+            raise TypeError(
+                f"ctx.step.wait got {handle!r}. It waits for what ctx.step.start returned. Start the operation first."
+            )
+        ops.append(handle._op)
+    return ops
+
+
+class Step(_Asking):
+    """`ctx.step` of async and generator workflows: everything durable, id first."""
+
+    __slots__ = ()
+
+    def _operation(self, op: Op) -> Operation[Any]:
+        return Operation(op, self._facts.host.loop)  # type: ignore[attr-defined]
+
+    def options(self, **options: Any) -> Step:
+        """The same `step` with settings in front of your own arguments.
+
+        retry, timeout, total_timeout, returns, raises, queue; for children also id, parent_close,
+        idempotency_key. Durations are timedeltas or seconds.
+        """
+        _known_options(options)
+        return Step(self._facts, self._with(options))
+
+    def run(self, id: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Operation[Any]:
+        """Run `fn(*args, **kwargs)` here; once its outcome is recorded it never runs again."""
+        return self._operation(self._local(id, fn, args, kwargs))
+
+    def sleep(
+        self,
+        id: str,
+        duration: timedelta | float | None = None,
+        /,
+        *,
+        days: float = 0,
+        hours: float = 0,
+        minutes: float = 0,
+        seconds: float = 0,
+    ) -> Operation[None]:
+        """Go on after this long, whatever happens to the process; zero and the past go on at once."""
+        return self._operation(self._sleep(id, duration, days, hours, minutes, seconds))
+
+    def sleep_until(self, id: str, when: datetime, /) -> Operation[None]:
+        """Go on at this time (aware, to the year 9999); the past goes on at once."""
+        return self._operation(self._sleep_until(id, when))
+
+    def wait_signal(
+        self, id: str, /, *, name: str | None = None, returns: Any = Any, timeout: timedelta | float | None = None
+    ) -> Operation[Any]:
+        """The next signal of this name (default: the id), also one that came before; `TimeoutError` if too late."""
+        return self._operation(self._signal(id, name, returns, timeout))
+
+    def run_workflow(self, id: str, workflow: Any, /, *args: Any, **kwargs: Any) -> Operation[Any]:
+        """Start a child run and wait for its result; `ChildFailed` if it ends otherwise."""
+        return self._operation(self._child(id, workflow, args, kwargs, awaited=True))
+
+    def emit_workflow(self, id: str, workflow: Any, /, *args: Any, **kwargs: Any) -> Operation[str]:
+        """Start a child run and go on: its run id."""
+        return self._operation(self._child(id, workflow, args, kwargs, awaited=False))
+
+    def start(self, id: str, target: Any, /, *args: Any, **kwargs: Any) -> Pending[Any]:
+        """Begin a step, activity or child now and wait later."""
+        op = self._target(id, target, args, kwargs)
+        self._facts.line.begin(op)
+        return Pending(op, self._facts)
+
+    async def wait(
+        self,
+        pending: Iterable[Pending[Any]],
+        /,
+        *,
+        timeout: timedelta | float | None = None,
+        return_when: str = "ALL_COMPLETED",
+    ) -> tuple[list[Pending[Any]], list[Pending[Any]]]:
+        """`(done, not_done)` as in `concurrent.futures.wait`, but lists, in the order in which they ended."""
+        handles = list(pending)
+        ops = _ops_of(handles)
+        await _until(self._facts, _enough(ops, return_when), ops, timeout, strict=False)
+        return _split(handles)
+
+
+class SyncPending(_PendingBase[R]):
+    """A durable operation that has begun, in a sync run: `.result()`, `.cancel()`."""
+
+    __slots__ = ()
+
+    def result(self, timeout: timedelta | float | None = None) -> R:
+        """Its value or its error; waiting longer than `timeout` is a `TimeoutError` and leaves it running."""
+        _block(self._facts, lambda: self._op.over, [self._op], timeout, strict=True)
+        value: R = _outcome(self._op)
+        return value
+
+    def cancel(self) -> None:
+        """Give it up: its final outcome is then a cancellation. Twice is once."""
+        self._give_up()
+
+
+class _Alarm:
+    """The timeout of a sync wait: a timer of the line that only marks itself."""
+
+    __slots__ = ("gone", "rang")
+
+    def __init__(self) -> None:
+        self.rang = self.gone = False
+
+    def fire(self) -> None:
+        self.rang = True
+
+    def cancelled(self) -> bool:
+        return self.gone
+
+
+def _block(facts: Facts, ready: Callable[[], bool], ops: Sequence[Op], timeout: Any, *, strict: bool) -> None:
+    facts.may_speak("waiting")
+    if ready():
+        return
+    if timeout is None:
+        facts.host.wait_for(ready, ops)
+        return
+    length = micros(duration(timeout, "timeout="))
+    alarm = _Alarm()
+    if length > 0:
+        facts.line.add_timer(facts.line.now + length, alarm)
+        try:
+            facts.host.wait_for(lambda: alarm.rang or ready(), ops)
+        finally:
+            alarm.gone = True
+    if strict and not ready():
+        raise TimeoutError(_too_long(ops))
+
+
+class SyncStep(_Asking):
+    """`ctx.step` of sync workflows: the same names, each call waits."""
+
+    __slots__ = ()
+
+    def _finish(self, op: Op) -> Any:
+        line = self._facts.line
+        line.begin(op)
+        if not op.over:
+            try:
+                self._facts.host.wait_for(lambda: op.over, (op,))
+            except Cancelled:
+                line.cancel(op)
+                raise
+        return _outcome(op)
+
+    def options(self, **options: Any) -> SyncStep:
+        """As `Step.options`."""
+        _known_options(options)
+        return SyncStep(self._facts, self._with(options))
+
+    def run(self, id: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """As `Step.run`."""
+        return self._finish(self._local(id, fn, args, kwargs))
+
+    def sleep(
+        self,
+        id: str,
+        duration: timedelta | float | None = None,
+        /,
+        *,
+        days: float = 0,
+        hours: float = 0,
+        minutes: float = 0,
+        seconds: float = 0,
+    ) -> None:
+        """As `Step.sleep`."""
+        self._finish(self._sleep(id, duration, days, hours, minutes, seconds))
+
+    def sleep_until(self, id: str, when: datetime, /) -> None:
+        """As `Step.sleep_until`."""
+        self._finish(self._sleep_until(id, when))
+
+    def wait_signal(
+        self, id: str, /, *, name: str | None = None, returns: Any = Any, timeout: timedelta | float | None = None
+    ) -> Any:
+        """As `Step.wait_signal`."""
+        return self._finish(self._signal(id, name, returns, timeout))
+
+    def run_workflow(self, id: str, workflow: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """As `Step.run_workflow`."""
+        return self._finish(self._child(id, workflow, args, kwargs, awaited=True))
+
+    def emit_workflow(self, id: str, workflow: Any, /, *args: Any, **kwargs: Any) -> str:
+        """As `Step.emit_workflow`."""
+        return str(self._finish(self._child(id, workflow, args, kwargs, awaited=False)))
+
+    def start(self, id: str, target: Any, /, *args: Any, **kwargs: Any) -> SyncPending[Any]:
+        """As `Step.start`."""
+        op = self._target(id, target, args, kwargs)
+        self._facts.line.begin(op)
+        return SyncPending(op, self._facts)
+
+    def wait(
+        self,
+        pending: Iterable[SyncPending[Any]],
+        /,
+        *,
+        timeout: timedelta | float | None = None,
+        return_when: str = "ALL_COMPLETED",
+    ) -> tuple[list[SyncPending[Any]], list[SyncPending[Any]]]:
+        """As `Step.wait`."""
+        handles = list(pending)
+        ops = _ops_of(handles)
+        _block(self._facts, _enough(ops, return_when), ops, timeout, strict=False)
+        return _split(handles)
+
+
+OPTIONS: Final = frozenset(
+    {"retry", "timeout", "total_timeout", "returns", "raises", "queue", "id", "parent_close", "idempotency_key"}
+)
+
+
+def _known_options(options: Mapping[str, Any]) -> None:
+    unknown = sorted(set(options) - OPTIONS)
+    if unknown:
+        raise TypeError(
+            f"ctx.step.options() does not know {', '.join(unknown)}. It takes {', '.join(sorted(OPTIONS))}. "
+            "Arguments of your own function go behind it, into run or start."
+        )
+
+
+# --- ctx -----------------------------------------------------------------------------------------------
+
+
+class _ContextBase:
+    __slots__ = ("_facts", "log", "step")
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+        self.log = RunLog(logging.getLogger("perdure.run"), facts.line)
+
+    @property
+    def run(self) -> ThisRun:
+        """What the run knows of itself."""
+        return self._facts.run
+
+    @property
+    def input(self) -> Any:
+        """The first argument; all a workflow with no parameter but `ctx` needs."""
+        return self._facts.input_first
+
+    def now(self) -> datetime:
+        """The time of the input being delivered, aware, UTC: the same on every replay."""
+        return moment(self._facts.line.now)
+
+    @property
+    def random(self) -> random.Random:
+        """A generator seeded from the run: the same numbers on every replay."""
+        self._facts.may_speak("ctx.random")
+        if self._facts.random is None:
+            self._facts.random = random.Random(self._facts.seed)  # noqa: S311  # not for secrets; replayable
+        return self._facts.random
+
+    def uuid4(self) -> uuid.UUID:
+        """A version 4 UUID derived from the run: the same on every replay, different in every run."""
+        self._facts.may_speak("ctx.uuid4")
+        self._facts.uuids += 1
+        digest = blake2b(
+            f"uuid:{self._facts.uuids}".encode(), key=bytes.fromhex(self._facts.seed), digest_size=16
+        ).digest()
+        return uuid.UUID(bytes=digest, version=4)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether cancellation was asked for."""
+        return self._facts.line.cancel_requested
+
+    @property
+    def cancel_reason(self) -> str:
+        """The reason given with it, or an empty text."""
+        return self._facts.line.cancel_reason
+
+    def patched(self, change: str, /) -> bool:
+        """True for runs that had not passed this line when the change came; one answer for the whole run."""
+        self._facts.may_speak("ctx.patched")
+        check_id(change, "the name of a change")
+        return self._facts.line.patched(change, call_site(2))
+
+
+class RunLog(logging.LoggerAdapter):  # type: ignore[type-arg]
+    """A logger that is silent during replay and names the run."""
+
+    def __init__(self, logger: logging.Logger, line: Line) -> None:
+        super().__init__(logger, {})
+        self._line = line
+
+    def isEnabledFor(self, level: int) -> bool:  # noqa: N802  # the name of the standard library
+        return not self._line.replaying and not self._line.dead and super().isEnabledFor(level)
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        return f"[{self._line.run_id}] {msg}", kwargs
+
+
+class Context(_ContextBase):
+    """What an `async def` or generator workflow gets as its first argument."""
+
+    __slots__ = ()
+
+    step: Step
+
+    def __init__(self, facts: Facts) -> None:
+        super().__init__(facts)
+        self.step = Step(facts)
+
+
+class SyncContext(_ContextBase):
+    """What a `def` workflow gets as its first argument; `perdure.sync.Context`."""
+
+    __slots__ = ()
+
+    step: SyncStep
+
+    def __init__(self, facts: Facts) -> None:
+        super().__init__(facts)
+        self.step = SyncStep(facts)
+

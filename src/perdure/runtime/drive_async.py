@@ -1,0 +1,120 @@
+"""Drives an async or generator workflow on its own deterministic loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+from perdure.core.match import Line, Op
+from perdure.runtime.context import Operation
+from perdure.runtime.loop import RunLoop, RunTask
+
+
+class AsyncDriver:
+    """One async run's code: started once, run to rest after each input, closed at the end."""
+
+    def __init__(self, line: Line, started_at: int) -> None:
+        self.line = line
+        self.loop = RunLoop(line, started_at)
+        self.main: RunTask | None = None
+        self.survivors: list[Any] = []
+
+    def active(self) -> bool:
+        return self.loop.inside == threading.get_ident()
+
+    stopped = None
+    suspended = False
+    wants_body = False
+
+    def wait_for(self, ready: Callable[[], bool], ops: Sequence[Op]) -> None:
+        raise AssertionError("an async run does not block")
+
+    def hold(self) -> None:
+        self.loop.held = True
+
+    @property
+    def inside(self) -> int:
+        """The thread in which the run's code is active, or 0."""
+        return self.loop.inside
+
+    def start(self, body: Callable[[], Any], *, generator: bool) -> None:
+        """Begin the main code; it runs with the next `run`."""
+        coroutine = _driven(body) if generator else body()
+        # From an empty context: what the caller's context holds would be there in the first life only.
+        self.main = contextvars.Context().run(lambda: RunTask(coroutine, loop=self.loop, name="main"))
+
+    def run(self) -> None:
+        """Let the code go on until it rests or has returned."""
+        if self.loop.ready:
+            self.loop.run_to_rest(self.main)
+
+    @property
+    def over(self) -> bool:
+        return self.main is not None and self.main.done()
+
+    def outcome(self) -> tuple[Any, BaseException | None]:
+        """How the main code ended: its value, or what left it."""
+        assert self.main is not None
+        if self.main.cancelled():
+            return None, asyncio.CancelledError()
+        error = self.main.exception()
+        return (None, error) if error is not None else (self.main.result(), None)
+
+    def cancel(self) -> None:
+        """Throw the cancellation into the main code at its current wait."""
+        main = self.main
+        if main is None or main.done():
+            return
+        main.cancel()
+        if hasattr(main, "uncancel"):
+            # So that all interpreters count alike: the request was delivered, it is no longer pending.
+            self.loop.call_soon(main.uncancel)
+
+    def stuck(self) -> bool:
+        """Whether nothing recorded can wake the code: it waits for an asyncio object nobody will set."""
+        return not self.over and not self.line.pending and not self.line.deferred and self.line.next_timer() is None
+
+    def close(self) -> None:
+        """Close what still runs; the context is dead, so it can begin nothing."""
+        self.line.dead = True
+        if not self.loop.closed:
+            self.survivors = self.loop.close_all()
+
+
+async def _driven(body: Callable[[], Generator[Any, Any, Any]]) -> Any:
+    """A generator workflow as a coroutine: each yielded operation is awaited, a yielded list is gathered."""
+    generator = body()
+    try:
+        try:
+            wanted = generator.send(None)
+            while True:
+                try:
+                    value = await _awaitable(wanted)
+                except GeneratorExit:
+                    raise
+                except BaseException as error:
+                    wanted = generator.throw(error)
+                else:
+                    wanted = generator.send(value)
+        except StopIteration as stop:
+            return stop.value
+    finally:
+        generator.close()
+
+
+def _awaitable(wanted: Any) -> Any:
+    if isinstance(wanted, Operation) or asyncio.iscoroutine(wanted):
+        return wanted
+    if isinstance(wanted, list):
+        return asyncio.gather(*(_awaitable(each) for each in wanted))
+    return _refused(wanted)
+
+
+async def _refused(wanted: Any) -> Any:
+    raise TypeError(
+        f"A generator workflow yielded {wanted!r}. It yields operations of ctx.step, or a list of them to wait for "
+        "all. Of what start returned, yield its .result()."
+    )

@@ -1,0 +1,295 @@
+"""The deterministic event loop of one async run: its time and order come from the history.
+
+A small `AbstractEventLoop` that can only do what replay can repeat: callbacks in the order in which they were
+made, timers that are the line's, tasks and futures whose hash is a number counted per run, so that a set of
+them has the same order on every replay. Whatever would reach outside (sockets, threads, executors,
+subprocesses) raises at its line. It nests inside a running loop: `enter` leaves the outer task and loop, and
+restores them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import sys
+import threading
+from asyncio import events as asyncio_events
+from asyncio import tasks as asyncio_tasks
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, NoReturn
+
+from perdure.core.errors import NeverRests
+from perdure.core.match import Line
+
+log = logging.getLogger("perdure.runtime")
+
+MOST_CALLBACKS: Final = 100_000
+"""Callbacks in one activation that count as code that does not rest."""
+
+_get_running_loop = asyncio_events._get_running_loop
+_set_running_loop = asyncio_events._set_running_loop
+_enter_task = asyncio_tasks._enter_task
+_leave_task = asyncio_tasks._leave_task
+_unregister_task = asyncio_tasks._unregister_task
+_as_completed = getattr(asyncio_tasks, "__file__", "")
+
+
+class RunFuture(asyncio.Future):  # type: ignore[type-arg]
+    """A future with a place in the order of its run."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, *, loop: RunLoop) -> None:
+        super().__init__(loop=loop)
+        loop.count += 1
+        self.number = loop.count
+
+    def __hash__(self) -> int:
+        return self.number
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+class RunTask(asyncio.Task):  # type: ignore[type-arg]
+    """A task with a place in the order of its run; not among `asyncio.all_tasks()`."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, coro: Coroutine[Any, Any, Any], *, loop: RunLoop, **named: Any) -> None:
+        # Before the C constructor, which already hashes the task into a weak set.
+        loop.count += 1
+        self.number = loop.count
+        super().__init__(coro, loop=loop, **named)
+        # All first tasks of all runs have the same hash: in one global set they would be a long chain.
+        _unregister_task(self)
+        self._log_destroy_pending = False
+        loop.tasks[self] = None
+
+    def __hash__(self) -> int:
+        return self.number
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+class _Timer(asyncio.TimerHandle):
+    """A timer of `call_at`, kept in the line with those of sleeps and waits."""
+
+    __slots__ = ()
+
+    def fire(self) -> None:
+        self._loop.ready.append(self)  # type: ignore[attr-defined]
+
+
+class RunLoop(asyncio.AbstractEventLoop):
+    """See the module. `inside` is the thread in which the run's code is active, or 0."""
+
+    def __init__(self, line: Line, started_at: int) -> None:
+        self.line = line
+        self.started_at = started_at
+        self.ready: deque[asyncio.Handle] = deque()
+        self.tasks: dict[RunTask, None] = {}
+        self.count = 0
+        self.inside = 0
+        self.closed = False
+        self.held = False
+        self._generators: list[Any] | None = None
+
+    # --- one function enters a run ---
+
+    @contextmanager
+    def enter(self) -> Iterator[None]:
+        """Make this loop the running one of this thread, whatever ran before; restore it at the end."""
+        outer = _get_running_loop()
+        task = asyncio_tasks.current_task(outer) if outer is not None else None
+        if task is not None:
+            _leave_task(outer, task)  # type: ignore[arg-type]
+        hooks = sys.get_asyncgen_hooks()
+        _set_running_loop(self)
+        sys.set_asyncgen_hooks(firstiter=self._generator_began, finalizer=self._generator_dropped)
+        self.inside = threading.get_ident()
+        try:
+            yield
+        finally:
+            self.inside = 0
+            sys.set_asyncgen_hooks(*hooks)
+            _set_running_loop(outer)
+            if task is not None:
+                _enter_task(outer, task)  # type: ignore[arg-type]
+
+    def run_to_rest(self, main: RunTask | None) -> None:
+        """Run what is ready, and what that makes ready, until nothing is; stop the moment `main` is done."""
+        ready = self.ready
+        left = MOST_CALLBACKS
+        with self.enter():
+            while ready:
+                handle = ready.popleft()
+                if handle._cancelled:
+                    continue
+                try:
+                    handle._context.run(handle._callback, *handle._args)  # type: ignore[attr-defined]
+                except (KeyboardInterrupt, SystemExit):
+                    # The task has kept it as its outcome; a real interrupt of the process comes again.
+                    pass
+                except BaseException as error:
+                    if not isinstance(error, Exception):
+                        raise
+                    self.call_exception_handler({"message": "a callback failed", "exception": error})
+                if main is not None and main.done():
+                    return
+                left -= 1
+                if left == 0:
+                    raise NeverRests(f"{MOST_CALLBACKS} callbacks without rest")
+
+    def close_all(self) -> list[Any]:
+        """Close every coroutine, newest task first; what survives ten tries is returned."""
+        survivors: list[Any] = []
+        with self.enter():
+            for task in reversed(list(self.tasks)):
+                if task.done():
+                    continue
+                coroutine: Any = task.get_coro()
+                for _ in range(10):
+                    try:
+                        coroutine.close()
+                        break
+                    except BaseException:  # noqa: S112  # whatever dying code raises has no one left to tell
+                        continue
+                else:
+                    survivors.append(task)
+            self.ready.clear()
+        self.tasks.clear()
+        self.closed = True
+        return survivors
+
+    def _generator_began(self, generator: Any) -> None:
+        pass
+
+    def _generator_dropped(self, generator: Any) -> None:
+        # Never scheduled: the collector would run a `finally` in life that replay does not.
+        if self._generators is None:
+            self._generators = []
+        self._generators.append(generator)
+
+    # --- what asyncio asks of a loop ---
+
+    def time(self) -> float:
+        return (self.line.now - self.started_at) / 1_000_000
+
+    def call_soon(
+        self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:
+        handle = asyncio.Handle(callback, args, self, context)
+        self.ready.append(handle)
+        return handle
+
+    def call_later(
+        self, delay: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        return self.call_at(self.time() + delay, callback, *args, context=context)
+
+    def call_at(
+        self, when: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        micros = when * 1_000_000
+        # Rounded up: a timer never fires early. A nanosecond of slack keeps what was a whole number one.
+        due = self.started_at + -int(-(micros - 0.001) // 1)
+        timer = _Timer(when, callback, args, self, context)
+        timer._scheduled = True  # type: ignore[attr-defined]
+        self.line.add_timer(due, timer)
+        return timer
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """The line drops cancelled timers by itself."""
+
+    def create_future(self) -> RunFuture:
+        return RunFuture(loop=self)
+
+    def create_task(self, coro: Any, *, name: str | None = None, context: Any = None, **extra: Any) -> RunTask:
+        if self.line.dead:
+            coro.close()
+            raise RuntimeError("This run has left memory: its code can begin nothing more.")
+        frame = sys._getframe(1)
+        if frame.f_code.co_name == "ensure_future" and frame.f_globals.get("__name__") == "asyncio.tasks":
+            self._refuse_as_completed(frame, coro)
+        if name is not None:
+            extra["name"] = name
+        else:
+            extra["name"] = f"task-{self.count + 1}"
+        if context is not None:
+            extra["context"] = context
+        extra.pop("eager_start", None)
+        return RunTask(coro, loop=self, **extra)
+
+    def _refuse_as_completed(self, frame: Any, coro: Any) -> None:
+        """`as_completed` puts bare coroutines into a set, whose order is by address."""
+        caller = frame.f_back
+        for _ in range(3):
+            if caller is None or caller.f_globals.get("__name__") != "asyncio.tasks":
+                return
+            if "as_completed" in caller.f_code.co_name or caller.f_code.co_name == "_AsCompletedIterator":
+                coro.close()
+                raise TypeError(
+                    "asyncio.as_completed over bare coroutines has no replayable order, because it puts them into a "
+                    "set by address. Pass tasks: asyncio.as_completed([asyncio.create_task(c) for c in coros])."
+                )
+            caller = caller.f_back
+
+    def get_debug(self) -> bool:
+        return False
+
+    def set_debug(self, enabled: bool) -> None:
+        """There is no debug mode: it would change the order."""
+
+    def is_running(self) -> bool:
+        return bool(self.inside)
+
+    def is_closed(self) -> bool:
+        return self.closed
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """Log what nobody retrieved, once, in life only."""
+        if self.line.replaying or self.line.dead or self.closed:
+            return
+        error = context.get("exception")
+        log.error("run %s: %s", self.line.run_id, context.get("message", "unhandled error"), exc_info=error)
+
+    default_exception_handler = call_exception_handler
+
+    def get_exception_handler(self) -> None:
+        return None
+
+    def get_task_factory(self) -> None:
+        return None
+
+    async def shutdown_asyncgens(self) -> None:
+        """Nothing to do: generators are kept until the run ends."""
+
+
+def _refusing(name: str) -> Callable[..., NoReturn]:
+    def refuse(self: RunLoop, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError(
+            f"loop.{name}() was called in a workflow body. A workflow's own code cannot reach outside, because a "
+            "replay would do it again. Put it in a step: await ctx.step.run(id, function)."
+        )
+
+    refuse.__name__ = name
+    return refuse
+
+
+_OUTSIDE: Final = (
+    "run_in_executor call_soon_threadsafe set_default_executor getaddrinfo getnameinfo create_connection create_server "
+    "create_unix_connection create_unix_server start_tls sendfile connect_accepted_socket create_datagram_endpoint "
+    "connect_read_pipe connect_write_pipe subprocess_shell subprocess_exec add_reader remove_reader add_writer "
+    "remove_writer sock_recv sock_recv_into sock_recvfrom sock_recvfrom_into sock_sendall sock_sendto sock_connect "
+    "sock_accept sock_sendfile add_signal_handler remove_signal_handler run_forever run_until_complete stop close "
+    "set_task_factory set_exception_handler shutdown_default_executor"
+).split()
+
+for _name in _OUTSIDE:
+    setattr(RunLoop, _name, _refusing(_name))
+RunLoop.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]

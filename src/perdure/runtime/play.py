@@ -1,0 +1,265 @@
+"""A run in memory: its line, its code and the driver between them.
+
+`replay` brings the code to where the recorded line ends; `deliver` lets one more input reach it. After each,
+`take` gives what the code asked for. A play that has ended, or differs, is done with: `close` it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from msgspec import UNSET
+
+from perdure.core import failure
+from perdure.core import events as ev
+from perdure.core.errors import Cancelled, NeverRests, Unwinding
+from perdure.core.failure import RecordedError
+from perdure.core.limits import Limits
+from perdure.core.match import Difference, Line, Op
+from perdure.runtime.context import Context, Facts, SyncContext, ThisRun
+from perdure.runtime.drive_async import AsyncDriver
+from perdure.runtime.drive_sync import BodyThreads, SyncDriver
+from perdure.runtime.registry import Workflow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """How a run's code ended: its status, with the stored result or the recorded error."""
+
+    status: str
+    result: str | None = None
+    error: RecordedError | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What the code asked for behind one input.
+
+    commands: to be recorded behind it. begun: local steps whose functions may begin once that is done.
+    dropped: operations given up. starts: children and activities to be started with it.
+    """
+
+    commands: Sequence[ev.Command]
+    begun: Sequence[Op]
+    dropped: Sequence[Op]
+    starts: Sequence[Op]
+
+
+NOTHING = Asked(commands=(), begun=(), dropped=(), starts=())
+
+
+class Play:
+    """See the module. input: the stored input, read from the run's row."""
+
+    def __init__(
+        self,
+        workflow: Workflow[Any, Any],
+        run: ThisRun,
+        *,
+        seed: str,
+        input: str,
+        limits: Limits,
+        known: Mapping[str, Workflow[Any, Any]],
+        threads: BodyThreads,
+    ) -> None:
+        self.workflow = workflow
+        self.run = run
+        self.end: End | None = None
+        self.restless = False
+        self._seed = seed
+        self._input = input
+        self._limits = limits
+        self._known = known
+        self._threads = threads
+        self.line = Line(run.id)
+        self.driver: AsyncDriver | SyncDriver | None = None
+        # A sync run gives its thread back while it waits, and is rebuilt from this.
+        self._kept: list[ev.Event] | None = [] if workflow.style == "sync" else None
+
+    @property
+    def difference(self) -> Difference | None:
+        return self.line.difference
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more can be delivered: the code has ended, differs or did not rest."""
+        return self.end is not None or self.line.difference is not None or self.restless
+
+    def replay(self, events: Sequence[ev.Event]) -> Iterator[None]:
+        """Bring the code to the end of the recorded line, yielding now and then so that others get their turn.
+
+        A lone `started` is life: nothing was recorded behind it yet.
+        """
+        if self._kept is not None:
+            self._kept.extend(events)
+        line = self.line
+        inputs = [i for i, event in enumerate(events) if isinstance(event, ev.INPUTS)]
+        line.replaying = len(events) > 1
+        for n, start in enumerate(inputs):
+            stop = inputs[n + 1] if n + 1 < len(inputs) else len(events)
+            line.following = events[stop] if stop < len(events) else None
+            event: Any = events[start]
+            line.open(event.at, number=start + 1, expected=events[start + 1 : stop], last=stop == len(events))  # type: ignore[arg-type]
+            self._deliver(event, UNSET)
+            line.close()
+            if self.line.difference is not None:
+                return
+            if self.over:
+                if stop < len(events):
+                    following = events[stop]
+                    line.differ(stop + 1, following, None, text=f"the run's end ({line.status})")
+                return
+            if n % 64 == 63:
+                yield
+        line.replaying = False
+
+    def deliver(self, event: ev.Input, value: Any = UNSET) -> None:
+        """Let one input reach the code, in life. value: the decoded value of an outcome, where it is at hand."""
+        self.line.open(event.at)
+        self._deliver(event, value)
+        if self._kept is not None:
+            self._kept.append(event)
+
+    def take(self) -> Asked:
+        """What the code asked for since the last `take`, in order."""
+        line = self.line
+        if not (line.commands or line.begun or line.dropped or line.starts):
+            return NOTHING
+        asked = Asked(commands=line.commands, begun=line.begun, dropped=line.dropped, starts=line.starts)
+        if self._kept is not None:
+            self._kept.extend(line.commands)
+        line.commands, line.begun, line.dropped, line.starts = [], [], [], []
+        return asked
+
+    def fail(self, error: BaseException) -> None:
+        """End the run from outside its code, as failed."""
+        if not self.over:
+            self._end_with("failed", None, failure.record(error))
+
+    def close(self) -> None:
+        """Close the code: it can begin nothing more, its cleanup blocks start no durable operation."""
+        self.line.dead = True
+        if self.driver is not None:
+            self.driver.close()
+
+    # --- inside ---
+
+    def _deliver(self, event: Any, value: Any) -> None:
+        line = self.line
+        driver = self.driver
+        if driver is None:
+            self._start(event)
+            driver = self.driver
+        else:
+            while line.fire():
+                self._run()
+                if self._stopped():
+                    return
+            line.apply(event, value)
+            if type(event) is ev.CancelRequested:
+                driver.cancel()
+        self._run()
+        if not self._stopped() and driver is not None and driver.wants_body and not self._rebuilding:
+            self._rebuild(event, value)
+
+    def _run(self) -> None:
+        assert self.driver is not None
+        try:
+            self.driver.run()
+        except NeverRests:
+            self.restless = True
+            return
+        if self.driver.over and self.end is None and self.line.difference is None:
+            self._finish()
+
+    def _stopped(self) -> bool:
+        return self.over or self.line.dead
+
+    def _start(self, event: ev.Started) -> None:
+        line = self.line
+        workflow = self.workflow
+        driver: AsyncDriver | SyncDriver
+        if workflow.style == "sync":
+            driver = SyncDriver(line, self._threads)
+        else:
+            driver = AsyncDriver(line, event.at)
+        self.driver = driver
+        facts = Facts(host=driver, run=self.run, seed=self._seed, limits=self._limits, known=self._known)
+        try:
+            args, kwargs = workflow.signature.decode(self._input)
+        except Exception as error:
+            self._refuse_input(error)
+            return
+        facts.input_first = args[0] if args else next(iter(kwargs.values()), None)
+        context: Any = SyncContext(facts) if workflow.style == "sync" else Context(facts)
+        driver.start(lambda: workflow.fn(context, *args, **kwargs), generator=workflow.style == "generator")
+
+    def _refuse_input(self, error: Exception) -> None:
+        line = self.line
+        recorded = failure.record(error)
+        if line.replaying and not line.refused("input"):
+            line.differ(1, None, None, text=f"an input that no longer fits: {error}")
+            return
+        if not line.replaying:
+            line.refuse("input", recorded)
+        self._end_with("failed", None, recorded)
+
+    def _finish(self) -> None:
+        assert self.driver is not None
+        value, error = self.driver.outcome()
+        if error is None:
+            try:
+                result = self.workflow.returns.roundtrip(value, "the run's result", self._limits)[0].decode()
+            except Exception as refused:
+                error = refused
+            else:
+                self._end_with("completed", result, None)
+                return
+        if isinstance(error, NeverRests):
+            self.restless = True
+        elif isinstance(error, Unwinding):
+            # The code was closed; nothing it did then counts.
+            self.line.dead = True
+        elif isinstance(error, Cancelled) and self.line.cancel_requested:
+            self._end_with("cancelled", None, RecordedError(type="Cancelled", message=self.line.cancel_reason))
+        else:
+            self._end_with("failed", None, failure.record(error))
+
+    def _end_with(self, status: str, result: str | None, error: RecordedError | None) -> None:
+        self.line.finish(status)
+        if self.line.difference is None:
+            self.end = End(status=status, result=result, error=error)
+
+    # A sync body whose thread is elsewhere starts again over the whole line.
+
+    _rebuilding = False
+
+    def unwind(self) -> bool:
+        """Give the thread of a waiting sync body back; False if there is none to give."""
+        return isinstance(self.driver, SyncDriver) and self.driver.unwind()
+
+    def _rebuild(self, event: Any, value: Any) -> None:
+        """The wait is resolved, but the body's thread was given back or executes a function."""
+        assert self.driver is not None and self._kept is not None
+        self.driver.close()
+        recorded, self._kept = self._kept, []
+        old = self.line
+        self.line = Line(self.run.id)
+        self.driver = None
+        for _ in self.replay(recorded):
+            pass
+        line = self.line
+        line.digests_differ.clear()
+        if line.difference is not None:
+            return
+        # What the first life began is known to the worker; only this input's doing is new.
+        line.commands, line.begun, line.dropped, line.starts = [], [], [], []
+        line.skipped = old.skipped
+        self._rebuilding = True
+        try:
+            line.open(event.at)
+            self._deliver(event, value)
+        finally:
+            self._rebuilding = False

@@ -1,0 +1,212 @@
+"""What `@workflow` and `@activity` make, and the table of what a process serves.
+
+Decorating registers nothing: an engine or worker serves what it is given, objects or whole modules. Two of one
+name are an error that names both places.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from types import ModuleType
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, overload
+
+from perdure.core.limits import check_name
+from perdure.core.retry import Retry, duration
+from perdure.core.signature import result_plan, signature_of
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Style = Literal["async", "sync", "generator"]
+
+
+def place_of(fn: Any) -> str:
+    """`file:line` where a function or class was written, for error texts."""
+    target = inspect.unwrap(fn)
+    code = getattr(target, "__code__", None)
+    if code is not None:
+        return f"{code.co_filename}:{code.co_firstlineno}"
+    return f"{getattr(target, '__module__', '?')}.{getattr(target, '__qualname__', target)}"
+
+
+def style_of(fn: Callable[..., Any]) -> Style:
+    """How a workflow function is driven."""
+    if inspect.iscoroutinefunction(fn):
+        return "async"
+    if inspect.isasyncgenfunction(fn):
+        raise TypeError(
+            f"{fn.__qualname__} is an async generator ({place_of(fn)}). A workflow is an async function, a plain "
+            "function or a plain generator. Use `await` instead of `yield`."
+        )
+    return "generator" if inspect.isgeneratorfunction(fn) else "sync"
+
+
+class Workflow(Generic[P, R]):
+    """A workflow: still callable as `wf(ctx, …)`; `.fn` is the original, `.name` what it is stored under."""
+
+    def __init__(
+        self,
+        fn: Callable[P, Any],
+        *,
+        name: str | None = None,
+        queue: str = "default",
+        timeout: timedelta | float | None = None,
+        retry: Retry | None = None,
+        on_failure: Callable[..., Any] | None = None,
+    ) -> None:
+        self.fn = fn
+        self.name = check_name(name if name is not None else fn.__name__, "the name of a workflow")
+        self.queue = check_name(queue, "queue=")
+        self.timeout = None if timeout is None else duration(timeout, "timeout=", zero=False)
+        self.retry = retry if retry is not None else Retry(max_attempts=1)
+        self.on_failure = on_failure
+        self.style: Style = style_of(fn)
+        self.place = place_of(fn)
+        self.signature = signature_of(fn, name=self.name)
+        self.returns = result_plan(fn)
+        self.__name__ = fn.__name__
+        self.__qualname__ = fn.__qualname__
+        self.__module__ = fn.__module__
+        self.__doc__ = fn.__doc__
+        self.__wrapped__ = fn
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+        return self.fn(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<workflow {self.name} ({self.place})>"
+
+
+class Activity(Generic[P, R]):
+    """A step's function with its own policy; still callable, `.fn` is the original."""
+
+    def __init__(
+        self,
+        fn: Callable[P, Any],
+        *,
+        name: str | None = None,
+        queue: str | None = None,
+        retry: Retry | None = None,
+        timeout: timedelta | float | None = None,
+        total_timeout: timedelta | float | None = None,
+        raises: tuple[type[BaseException], ...] | type[BaseException] = (),
+    ) -> None:
+        self.fn = fn
+        self.name = check_name(name if name is not None else fn.__name__, "the name of an activity")
+        self.queue = None if queue is None else check_name(queue, "queue=")
+        self.retry = retry if retry is not None else Retry()
+        self.timeout = None if timeout is None else duration(timeout, "timeout=", zero=False)
+        self.total_timeout = None if total_timeout is None else duration(total_timeout, "total_timeout=", zero=False)
+        self.raises = (raises,) if isinstance(raises, type) else tuple(raises)
+        self.place = place_of(fn)
+        self.signature = signature_of(fn, name=self.name, context=False)
+        self.returns = result_plan(fn)
+        self.__name__ = fn.__name__
+        self.__qualname__ = fn.__qualname__
+        self.__module__ = fn.__module__
+        self.__doc__ = fn.__doc__
+        self.__wrapped__ = fn
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+        return self.fn(*args, **kwargs)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else self.fn.__get__(instance, owner)  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        return f"<activity {self.name} ({self.place})>"
+
+
+@overload
+def workflow(fn: Callable[P, R], /) -> Workflow[P, R]: ...
+@overload
+def workflow(
+    *,
+    name: str | None = None,
+    queue: str = "default",
+    timeout: timedelta | float | None = None,
+    retry: Retry | None = None,
+    on_failure: Callable[..., Any] | None = None,
+) -> Callable[[Callable[P, R]], Workflow[P, R]]: ...
+def workflow(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
+    """Make a function a workflow: `@workflow`, or `@workflow(name=…, queue=…, timeout=…)`.
+
+    The function's first parameter is the context; the others are the run's input. `async def`, `def` and
+    generator functions work alike. name: default the function's own. timeout: the longest a run may take, a
+    timedelta or seconds; a run that takes longer ends as `timed_out`, without its code being asked.
+    Nothing is registered: give the result to an `Engine` or `Worker`.
+    """
+    if fn is None:
+        return lambda target: Workflow(target, **options)
+    return Workflow(fn)
+
+
+@overload
+def activity(fn: Callable[P, R], /) -> Activity[P, R]: ...
+@overload
+def activity(
+    *,
+    name: str | None = None,
+    queue: str | None = None,
+    retry: Retry | None = None,
+    timeout: timedelta | float | None = None,
+    total_timeout: timedelta | float | None = None,
+    raises: tuple[type[BaseException], ...] | type[BaseException] = (),
+) -> Callable[[Callable[P, R]], Activity[P, R]]: ...
+def activity(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
+    """Give a step's function its own policy: `@activity`, or `@activity(retry=Retry(…), timeout=30)`.
+
+    Without `queue` it runs where the workflow runs; with one it is dispatched to workers of that queue.
+    timeout: one attempt, seconds or timedelta. total_timeout: all attempts and the waits between them.
+    raises: exception types that a workflow wants to catch by their own name.
+    """
+    if fn is None:
+        return lambda target: Activity(target, **options)
+    return Activity(fn)
+
+
+class Registry:
+    """What one process serves, by name."""
+
+    def __init__(
+        self,
+        workflows: Iterable[Workflow[Any, Any] | ModuleType] = (),
+        activities: Iterable[Activity[Any, Any] | ModuleType] = (),
+    ) -> None:
+        self.workflows: dict[str, Workflow[Any, Any]] = {}
+        self.activities: dict[str, Activity[Any, Any]] = {}
+        for given in workflows:
+            self._add(given, "workflows=")
+        for given_activity in activities:
+            self._add(given_activity, "activities=")
+
+    def _add(self, given: Any, what: str) -> None:
+        if isinstance(given, ModuleType):
+            for value in vars(given).values():
+                if isinstance(value, Workflow):
+                    _put(self.workflows, value, "workflow")
+                elif isinstance(value, Activity):
+                    _put(self.activities, value, "activity")
+        elif isinstance(given, Workflow):
+            _put(self.workflows, given, "workflow")
+        elif isinstance(given, Activity):
+            _put(self.activities, given, "activity")
+        else:
+            raise TypeError(
+                f"{what} got {given!r}. It takes functions decorated with @workflow or @activity, or modules that hold "
+                "some. Decorate the function, or pass its module."
+            )
+
+
+def _put(table: dict[str, Any], value: Any, what: str) -> None:
+    there = table.setdefault(value.name, value)
+    if there is not value:
+        raise ValueError(
+            f'Two {what} definitions are called "{value.name}": {there.place} and {value.place}. '
+            "A name is what a run is stored under, so each belongs to one definition. "
+            f"Give one of them another: @{what}(name=…)."
+        )
+
+

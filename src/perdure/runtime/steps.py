@@ -1,0 +1,300 @@
+"""What stands behind each durable operation: how it was asked for, how its record becomes a value or an error.
+
+`asked(...)` functions build an `Op` from a call of `ctx.step`; the two faces (`context.py`) only differ in how
+they wait for it. The specs here are the runtime's half of an `Op`.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, Final
+
+import msgspec
+from msgspec import Raw
+
+from perdure.core import codec, failure
+from perdure.core import events as ev
+from perdure.core.limits import ID_LENGTH, Limits
+from perdure.core.match import Op
+from perdure.core.retry import Retry
+from perdure.core.codec import Plan, plan
+from perdure.core.signature import Parameter, Signature, result_plan
+from perdure.runtime.registry import Activity, Workflow
+
+DEFAULT_RETRY: Final = Retry()
+ANYTHING: Final = plan()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What `ctx.step.options(...)` sets, in front of the user's own arguments; None: as declared, else the default."""
+
+    retry: Retry | None = None
+    timeout: timedelta | None = None
+    total_timeout: timedelta | None = None
+    returns: Any = None
+    raises: tuple[type[BaseException], ...] | None = None
+    queue: str | None = None
+    id: str | None = None
+    parent_close: str | None = None
+    idempotency_key: str | None = None
+
+    def with_(self, **changes: Any) -> Options:
+        return replace(self, **changes)
+
+
+NO_OPTIONS: Final = Options()
+
+
+class LocalCall:
+    """A step's function with its arguments and policy, to be executed in this process."""
+
+    __slots__ = ("args", "context", "fn", "kwargs", "limits", "raises", "retry", "returns", "timeout", "total_timeout")
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        retry: Retry,
+        timeout: timedelta | None,
+        total_timeout: timedelta | None,
+        returns: Plan,
+        raises: tuple[type[BaseException], ...],
+        limits: Limits,
+    ) -> None:
+        self.fn = fn
+        self.args = args
+        self.kwargs = kwargs
+        self.retry = retry
+        self.timeout = timeout
+        self.total_timeout = total_timeout
+        self.returns = returns
+        self.raises = raises
+        self.limits = limits
+        self.context = contextvars.copy_context()
+
+    def encode(self, value: Any, step: str) -> tuple[bytes, Any]:
+        """The stored result of the function, and what the code will see of it."""
+        return self.returns.roundtrip(value, f'the result of step "{step}"', self.limits)
+
+    def decode(self, raw: Raw) -> Any:
+        return self.returns.decode(bytes(raw), "the step's result")
+
+    def fail(self, step: str, event: Any) -> BaseException:
+        return failure.raised(event.error, step, self.raises, attempts=event.attempt)
+
+
+class Length:
+    """A sleep or a wait: how long it lasts, or until when."""
+
+    __slots__ = ("due", "length", "returns")
+
+    def __init__(self, *, length: int | None = None, due: int | None = None, returns: Plan = ANYTHING) -> None:
+        self.length = length
+        self.due = due
+        self.returns = returns
+
+    def decode(self, raw: Raw) -> Any:
+        """A signal's value: the one argument, None without any, a list of several."""
+        return self.returns.decode(bytes(raw), "the signal")
+
+    def fail(self, step: str, event: Any) -> BaseException:
+        return TimeoutError(
+            f'The wait "{step}" ended without a signal. None came before its timeout. '
+            "Catch TimeoutError to go on without it, or give it a longer timeout."
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivityPolicy:
+    """How a dispatched activity is tried; its worker has the same function, perhaps with another policy."""
+
+    retry: Retry
+    timeout: timedelta | None
+    total_timeout: timedelta | None
+
+
+class RemoteCall:
+    """A child run or a dispatched activity: what the start needs beyond the command, and how its end is read."""
+
+    __slots__ = ("idempotency_key", "policy", "raises", "returns", "run", "timeout")
+
+    def __init__(
+        self,
+        *,
+        returns: Plan,
+        raises: tuple[type[BaseException], ...] = (),
+        timeout: timedelta | None = None,
+        policy: Any = None,
+        run: str = "",
+        idempotency_key: str | None = None,
+    ) -> None:
+        self.returns = returns
+        self.raises = raises
+        self.timeout = timeout
+        self.policy = policy
+        self.run = run
+        self.idempotency_key = idempotency_key
+
+    def decode(self, raw: Raw) -> Any:
+        return self.returns.decode(bytes(raw), "the result")
+
+    def fail(self, step: str, event: Any) -> BaseException:
+        error = event.error
+        if isinstance(event, ev.ChildEnded):
+            if error is None:
+                error = failure.RecordedError(type="", message=f"It ended as {event.status}.")
+            error = msgspec.structs.replace(error, kind="child", status=event.status, run_id=event.run or self.run)
+        return failure.raised(error, step, self.raises, attempts=event.attempts)
+
+
+_FREE: Final = Signature("the child workflow", [Parameter("args", "rest", False), Parameter("kwargs", "more", False)])
+"""How the input of a workflow is written whose code is elsewhere."""
+
+
+def call_site(depth: int) -> str:
+    """`folder/file.py:line` of the caller `depth` frames up: evidence for reports, never compared."""
+    frame = sys._getframe(depth)
+    return f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _short(path: str) -> str:
+    """A source file as people name it: relative to the working directory if below it, else its last two parts."""
+    try:
+        relative = os.path.relpath(path)
+    except ValueError:
+        relative = os.pardir
+    if relative.startswith(os.pardir):
+        return "/".join(path.replace(os.sep, "/").split("/")[-2:])
+    return relative.replace(os.sep, "/")
+
+
+def name_of(fn: Any) -> str | None:
+    """What a step's function is called in the record; None (matches any) for lambdas and nameless callables."""
+    name = fn.name if isinstance(fn, Activity) else getattr(fn, "__name__", None)
+    return None if name is None or name == "<lambda>" else str(name)
+
+
+def child_id(parent: str, step: str) -> str:
+    """`parent/step`; past 255 characters the tail is a hash of the whole, so that it stays unique."""
+    whole = f"{parent}/{step}"
+    if len(whole) <= ID_LENGTH:
+        return whole
+    digest = hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
+    return f"{whole[: ID_LENGTH - len(digest) - 1]}~{digest}"
+
+
+def local(
+    id: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, limits: Limits, site: str
+) -> Op:
+    """A step that runs here."""
+    name = name_of(fn)
+    if isinstance(fn, Activity):
+        call = LocalCall(
+            fn.fn,
+            args,
+            kwargs,
+            retry=options.retry or fn.retry,
+            timeout=options.timeout if options.timeout is not None else fn.timeout,
+            total_timeout=options.total_timeout if options.total_timeout is not None else fn.total_timeout,
+            returns=fn.returns if options.returns is None else plan(options.returns, what="returns="),
+            raises=fn.raises if options.raises is None else options.raises,
+            limits=limits,
+        )
+    else:
+        if not callable(fn):
+            raise TypeError(
+                f'ctx.step.run("{id}", …) got {fn!r}, which cannot be called. Its second argument is the function to '
+                "run. Pass the function itself, and its arguments after it."
+            )
+        call = LocalCall(
+            fn,
+            args,
+            kwargs,
+            retry=options.retry or DEFAULT_RETRY,
+            timeout=options.timeout,
+            total_timeout=options.total_timeout,
+            returns=result_plan(fn) if options.returns is None else plan(options.returns, what="returns="),
+            raises=options.raises or (),
+            limits=limits,
+        )
+    return Op("run", id, name=name, site=site, digest=codec.digest64(args, kwargs), spec=call)
+
+
+def activity(
+    id: str,
+    target: Activity,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: Options,
+    limits: Limits,
+    site: str,
+    parent: str,
+) -> Op:
+    """A step dispatched to a queue."""
+    spec = RemoteCall(
+        returns=target.returns if options.returns is None else plan(options.returns, what="returns="),
+        raises=target.raises if options.raises is None else options.raises,
+        policy=ActivityPolicy(
+            retry=options.retry or target.retry,
+            timeout=options.timeout if options.timeout is not None else target.timeout,
+            total_timeout=options.total_timeout if options.total_timeout is not None else target.total_timeout,
+        ),
+    )
+    op = Op("activity", id, name=target.name, site=site, digest=codec.digest64(args, kwargs), spec=spec)
+    op.input = target.signature.encode(args, kwargs, limits=limits)
+    op.queue = str(options.queue if options.queue is not None else target.queue)
+    op.run = child_id(parent, id)
+    return op
+
+
+def child(
+    id: str,
+    target: Workflow[Any, Any] | str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: Options,
+    limits: Limits,
+    site: str,
+    parent: str,
+    *,
+    awaited: bool,
+    known: Mapping[str, Workflow[Any, Any]],
+) -> Op:
+    """A child run; by name if its code is elsewhere."""
+    workflow = known.get(target) if isinstance(target, str) else target
+    if workflow is not None and not isinstance(workflow, Workflow):
+        raise TypeError(
+            f'The workflow of step "{id}" is {target!r}. It must be decorated with @workflow, or the name of one. '
+            "Plain functions are called with ctx.step.run."
+        )
+    returns = ANYTHING if workflow is None else workflow.returns
+    if options.returns is not None:
+        returns = plan(options.returns, what="returns=")
+    spec = RemoteCall(
+        returns=returns,
+        timeout=options.timeout if options.timeout is not None else (workflow.timeout if workflow else None),
+        idempotency_key=options.idempotency_key,
+    )
+    name = workflow.name if workflow is not None else str(target)
+    op = Op("child", id, name=name, site=site, digest=codec.digest64(args, kwargs), spec=spec)
+    if workflow is not None:
+        op.input = workflow.signature.encode(args, kwargs, limits=limits)
+    else:
+        op.input = _FREE.encode(args, kwargs, limits=limits)
+    op.queue = str(options.queue if options.queue is not None else (workflow.queue if workflow else "default"))
+    op.run = options.id if options.id is not None else child_id(parent, id)
+    spec.run = op.run
+    op.awaited = awaited
+    op.parent_close = options.parent_close or ("cancel" if awaited else "abandon")
+    return op

@@ -1,0 +1,247 @@
+"""A dispatched activity: a run without a history. Claimed, executed with its retries, its end told to the parent."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from perdure.core import failure, retry
+from perdure.core.errors import LimitExceeded, PayloadError
+from perdure.core.failure import RecordedError
+from perdure.core.retry import Retry
+from perdure.core.turn import Committed, Mail, Row, Turn
+from perdure.runtime.context import step_key
+from perdure.runtime.steps import ActivityPolicy, LocalCall
+from perdure.worker.executing import Execution, StepInfo
+from perdure.worker.remote_end import StartPolicy, policy_of, telling_parent
+from perdure.core.waits import Wait, Waits, waits_text
+
+if TYPE_CHECKING:
+    from perdure.worker.shift import Shift
+
+log = logging.getLogger("perdure.worker")
+
+
+def start_policy(policy: ActivityPolicy) -> StartPolicy:
+    """The policy of a dispatched activity as its row keeps it; what is code stays with the worker."""
+    given = policy.retry
+    return StartPolicy(
+        retry={
+            "max_attempts": given.max_attempts,
+            "first_delay": given.first_delay.total_seconds(),
+            "factor": given.factor,
+            "max_delay": given.max_delay.total_seconds(),
+            "jitter": given.jitter,
+        },
+        timeout=None if policy.timeout is None else retry.micros(policy.timeout),
+        total_timeout=None if policy.total_timeout is None else retry.micros(policy.total_timeout),
+    )
+
+
+def policy_from(kept: StartPolicy, own: Retry) -> Retry:
+    """The caller's numbers with the function's own rules: exception types and predicates do not travel."""
+    if kept.retry is None:
+        return own
+    return Retry(**kept.retry, give_up_on=own.give_up_on, retry_if=own.retry_if)
+
+
+class ActivityRun:
+    """One claimed activity. Everything happens on the shift's loop."""
+
+    def __init__(self, shift: Shift, row: Row, mail: Sequence[Mail]) -> None:
+        self.shift = shift
+        self.row = row
+        self.version = row.version
+        self.last = row.turn
+        self.attempt = row.attempt
+        self.seen = [m.id for m in mail]
+        self.cancelled = any(m.kind == "cancel" for m in mail)
+        self.gone = False
+        self.execution: Execution | None = None
+        self.flight: Turn | None = None
+        shift.activities[row.key] = self
+
+    def begin(self) -> None:
+        """Execute the attempt that is due, or end what was cancelled."""
+        activity = self.shift.registry.activities[self.row.workflow]
+        kept = policy_of(self.row.policy)
+        if self.cancelled:
+            self._end("cancelled", None, RecordedError(type="Cancelled", message="its parent gave it up"))
+            return
+        try:
+            args, kwargs = activity.signature.decode(self.row.input)
+        except PayloadError as error:
+            self._end("failed", None, failure.record(error))
+            return
+        call = LocalCall(
+            activity.fn,
+            tuple(args),
+            kwargs,
+            retry=policy_from(kept, activity.retry),
+            timeout=None if kept.timeout is None else timedelta(microseconds=kept.timeout),
+            total_timeout=None if kept.total_timeout is None else timedelta(microseconds=kept.total_timeout),
+            returns=activity.returns,
+            raises=activity.raises,
+            limits=self.shift.limits,
+        )
+        step = self.row.parent_step or self.row.id
+        info = StepInfo(
+            run_id=self.row.parent_id or self.row.id,
+            workflow=self.row.workflow,
+            id=step,
+            attempt=self.attempt,
+            key=step_key(self.row.seed, step),
+        )
+        self.execution = Execution(step, self.attempt, call, info, self._ended)
+        self.shift.admit(self.execution, self._begin)
+
+    def _begin(self) -> None:
+        execution = self.execution
+        assert execution is not None
+        if execution.call.timeout is not None:
+            execution.timer = self.shift.loop.call_later(
+                execution.call.timeout.total_seconds(), self._out_of_time, execution
+            )
+        self.shift.executor.begin(execution)
+
+    def post(self, mail: Mail) -> None:
+        """A message: only a request to cancel means anything."""
+        if mail.id in self.seen:
+            return
+        self.seen.append(mail.id)
+        if mail.kind == "cancel" and self.flight is None and not self.gone:
+            self.cancelled = True
+            if self.execution is not None:
+                self.shift.abandon(self.execution)
+            self._end("cancelled", None, RecordedError(type="Cancelled", message="its parent gave it up"))
+
+    def _out_of_time(self, execution: Execution) -> None:
+        execution.timer = None
+        self.shift.abandon(execution)
+        self._failed(
+            execution,
+            RecordedError(
+                type="TimeoutError",
+                message=f"Attempt {execution.attempt} took longer than its timeout of {execution.call.timeout}.",
+                kind="timed_out",
+            ),
+            None,
+        )
+
+    def _ended(self, execution: Execution, value: Any, error: BaseException | None) -> None:
+        self.shift.freed(execution)
+        if self.gone or self.flight is not None:
+            return
+        if error is None:
+            try:
+                raw, _ = execution.call.encode(value, execution.step)
+            except (PayloadError, LimitExceeded) as refused:
+                self._end("failed", None, failure.record(refused, kind="payload"))
+            else:
+                self._end("completed", raw.decode(), None)
+            return
+        self._failed(execution, failure.record(error), error)
+
+    def _failed(self, execution: Execution, recorded: RecordedError, error: BaseException | None) -> None:
+        call = execution.call
+        spread = self.shift.spread()
+        if error is not None:
+            delay = retry.decide(call.retry, error, self.attempt, spread)
+        else:
+            delay = retry.backoff(call.retry, self.attempt, spread=spread)
+        now = self.shift.now()
+        if delay is not None and call.total_timeout is not None:
+            over = self.row.created_at + retry.micros(call.total_timeout)
+            if now + retry.micros(delay) >= over:
+                delay = None
+                recorded = RecordedError(
+                    type="TimeoutError", message="Its total_timeout has passed.", kind="timed_out", cause=recorded
+                )
+        if delay is None:
+            self._end("failed", None, recorded)
+            return
+        # Handed back until the next attempt is due: the wait is the row's, not this process's.
+        retry_at = now + retry.micros(delay)
+        wait = Wait(
+            kind="retry",
+            step=execution.step,
+            since=now,
+            until=retry_at,
+            attempt=self.attempt + 1,
+            attempts=call.retry.max_attempts,
+            error=f"{recorded.type}: {recorded.message[:200]}",
+        )
+        self._commit(
+            status="waiting",
+            wake_at=retry_at,
+            waits=waits_text(Waits(waits=[wait])),
+            attempt=self.attempt + 1,
+            release=True,
+            progress=True,
+        )
+
+    def _end(self, status: str, result: str | None, error: RecordedError | None) -> None:
+        row = self.row
+        sends = []
+        if row.parent is not None and row.parent_step is not None:
+            sends.append(
+                telling_parent(
+                    kind="activity",
+                    parent=row.parent,
+                    step=row.parent_step,
+                    run=row.id,
+                    status=status,
+                    result=result,
+                    error=error,
+                    attempts=self.attempt,
+                )
+            )
+        self._commit(
+            status=status,
+            closing=True,
+            forced=True,
+            result=result,
+            error=None if error is None else msgspec.json.encode(error).decode(),
+            sends=sends,
+            progress=True,
+        )
+
+    def _commit(self, **facts: Any) -> None:
+        row = self.row
+        self.flight = Turn(
+            run=row.key,
+            owner=self.shift.incarnation,
+            epoch=row.epoch,
+            version=self.version,
+            last=self.last,
+            id=self.shift.turn_id(),
+            first_seq=row.history_events + 1,
+            consumed=self.seen,
+            **facts,
+        )
+        self.shift.committer.turn(self.flight, self._answered)
+        self.shift.kick()
+
+    def _answered(self, verdict: Any) -> None:
+        turn = self.flight
+        if not isinstance(verdict, Committed):
+            log.debug("activity %s: %s", self.row.id, verdict)
+        self.leave()
+        if isinstance(verdict, Committed) and turn is not None and turn.closing:
+            self.shift.ended_run(self.row.key, turn)
+
+    def leave(self) -> None:
+        """Leave memory. Twice is once."""
+        if self.gone:
+            return
+        self.gone = True
+        if self.execution is not None:
+            self.shift.abandon(self.execution)
+        if self.shift.activities.get(self.row.key) is self:
+            del self.shift.activities[self.row.key]
+        if self.shift.alone_with == self.row.key:
+            self.shift.alone_with = None

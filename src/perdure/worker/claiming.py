@@ -1,0 +1,147 @@
+"""Finds work for a shift, and keeps house: two small objects with `step`, called by threads or by a simulation."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from perdure.core import events as ev
+from perdure.core import stored
+from perdure.core.errors import PerdureError
+from perdure.core.turn import Batch, Claim, Head
+from perdure.stores.contract import Store
+from perdure.worker.ending import STRIKES, end_without_code
+from perdure.worker.shift import Shift
+
+log = logging.getLogger("perdure.worker")
+
+SAFETY_POLL: Final = 1.0
+"""Seconds between two looks when no hint comes."""
+MOST_CLAIMED: Final = 200
+"""Runs in one claim: a batch that shares a transaction, and leaves some for others."""
+
+
+class Watcher:
+    """Waits for a hint, then claims when there is room and reads mail for the runs owned here."""
+
+    def __init__(self, store: Store, shift: Shift) -> None:
+        self.store = store
+        self.shift = shift
+
+    def step(self, timeout: float = SAFETY_POLL) -> int:
+        """Wait at most `timeout`, then look once; how much was found."""
+        shift = self.shift
+        self.store.wait(shift.incarnation, shift.settings.queues, timeout)
+        if shift.closed:
+            return 0
+        mail = self.store.mail(shift.incarnation) if shift.residents or shift.activities else []
+        heads = self._claim()
+        if heads or mail:
+            shift._soon(shift.received, heads, mail)
+        return len(heads) + len(mail)
+
+    def _claim(self) -> list[tuple[Head, Sequence[ev.Event]]]:
+        shift = self.shift
+        room = min(shift.room, MOST_CLAIMED)
+        if room <= 0:
+            return []
+        shift.claiming = room
+        try:
+            heads = self.store.claim(
+                Claim(
+                    incarnation=shift.incarnation,
+                    namespace=shift.settings.namespace,
+                    queues=shift.settings.queues,
+                    workflows=list(shift.registry.workflows),
+                    activities=list(shift.registry.activities),
+                    limit=room,
+                    # A run under suspicion is executed with nothing beside it.
+                    alone=shift.settings.alone or not (shift.executing or len(shift.residents) > len(shift.parked)),
+                )
+            )
+            found: list[tuple[Head, Sequence[ev.Event]]] = []
+            for head in heads:
+                events: Sequence[ev.Event] = ()
+                if head.row.kind == "workflow":
+                    events = [stored.decode(text) for text in self.store.history(head.row.key)]
+                found.append((head, events))
+            return found
+        finally:
+            if not shift.closed:
+                shift.claiming = 0
+
+
+class Housekeeper:
+    """Hands dead workers' runs back, ends runs that are out of time, names steps that run long."""
+
+    def __init__(self, store: Store, shift: Shift) -> None:
+        self.store = store
+        self.shift = shift
+
+    def step(self) -> int:
+        """One round; how many runs it moved."""
+        reaped = self.store.reap()
+        if reaped.runs:
+            log.info("%d runs of %d dead workers were handed back", reaped.runs, reaped.workers)
+            self.store.wake()
+        moved = reaped.runs
+        for row in self.store.overdue():
+            if row.strikes >= STRIKES:
+                status, reason = "quarantined", f"It killed its worker {row.strikes} times, the last time alone."
+            else:
+                status, reason = "timed_out", "It did not end before its timeout."
+            turn = end_without_code(self.store, row, status, reason=reason, turn_id=self.shift.turn_id())
+            self.store.write(Batch(turns=[turn]))
+            moved += 1
+        self.shift._soon(self._name_long_steps)
+        return moved
+
+    def _name_long_steps(self) -> None:
+        for resident in list(self.shift.residents.values()):
+            if resident.executions:
+                resident.name_long_steps()
+
+
+class Serving:
+    """A thread that calls a step again and again until it is stopped; trouble with the store slows it down."""
+
+    def __init__(self, name: str, step: Callable[[], Any], *, pause: float = 0.0) -> None:
+        self._step = step
+        self._pause = pause
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the step that is running; does not wait. Twice is once."""
+        self._stop.set()
+
+    def join(self, timeout: float) -> None:
+        """Wait for its end."""
+        self._thread.join(timeout)
+
+    def _serve(self) -> None:
+        failures = 0
+        while not self._stop.is_set():
+            try:
+                self._step()
+                failures = 0
+                if self._pause:
+                    self._stop.wait(self._pause)
+            except PerdureError as error:
+                if self._stop.is_set():
+                    return
+                failures += 1
+                if failures == 1:
+                    log.warning("%s met trouble with the store and tries again: %s", self._thread.name, error)
+                # 50 ms doubling to 5 s.
+                self._stop.wait(min(0.05 * 2 ** min(failures, 10), 5.0))
+            except Exception:
+                if self._stop.is_set():
+                    return
+                log.exception("%s failed and goes on", self._thread.name)
+                self._stop.wait(1.0)
+
+

@@ -1,0 +1,186 @@
+"""The process's one writer: gathers starts, sends and turns while a batch is in flight, and writes them together.
+
+A plain object with `flush()`; who calls it is decided elsewhere (a thread in a process, a choice in a
+simulation). Group commit costs nothing when idle: a batch goes out as soon as there is something to write and
+nothing in flight.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from perdure.core.errors import PerdureError, StoreError
+from perdure.core.turn import Batch, Kept, Mail, Send, Start, Turn, Verdict
+from perdure.stores.contract import Store
+
+log = logging.getLogger("perdure.worker")
+
+Answer = Callable[[Any], None]
+"""Called with the verdict, or with the `StoreError` that the write raised."""
+
+MOST: Final = 1000
+"""Items in one batch: enough to share an fsync, few enough that the first does not wait for the last."""
+
+
+class Committer:
+    """See the module. `answer` hands a list of (callback, verdict) and new mail to the loop that waits for them.
+
+    incarnation: whose mail is read after a batch that kept messages for runs it may own; None: nobody's.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        answer: Callable[[list[tuple[Answer, Any]], Sequence[Mail]], None],
+        *,
+        incarnation: Callable[[], str | None] = lambda: None,
+        owns: Callable[[int], bool] = lambda run: False,
+    ) -> None:
+        self.store = store
+        self.unanswered = 0
+        self._answer = answer
+        self._incarnation = incarnation
+        self._owns = owns
+        self._lock = threading.Lock()
+        self._starts: list[tuple[Start, Answer]] = []
+        self._sends: list[tuple[Send, Answer]] = []
+        self._turns: list[tuple[Turn, Answer]] = []
+        self.trouble: StoreError | None = None
+        self.tries = 0
+
+    def start(self, start: Start, answer: Answer) -> None:
+        """Write a new run with the next batch."""
+        with self._lock:
+            self.unanswered += 1
+            self._starts.append((start, answer))
+
+    def send(self, send: Send, answer: Answer) -> None:
+        """Write a message with the next batch."""
+        with self._lock:
+            self.unanswered += 1
+            self._sends.append((send, answer))
+
+    def turn(self, turn: Turn, answer: Answer) -> None:
+        """Write a turn with the next batch; one that meets trouble is kept and tried again."""
+        with self._lock:
+            self.unanswered += 1
+            self._turns.append((turn, answer))
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to write."""
+        return bool(self._turns or self._starts or self._sends)
+
+    def flush(self) -> bool:
+        """Write one batch of what is waiting; False if it met trouble, and turns wait for another try."""
+        starts, sends, turns = self._gather()
+        batch = Batch(
+            starts=[start for start, _ in starts], sends=[send for send, _ in sends], turns=[turn for turn, _ in turns]
+        )
+        items = [*(answer for _, answer in starts), *(a for _, a in sends), *(a for _, a in turns)]
+        try:
+            verdicts: list[Verdict] = self.store.write(batch)
+            mail = self._mail_for(verdicts[len(starts) : len(starts) + len(sends)], batch)
+        except PerdureError as error:
+            self._troubled(error, starts, sends, turns)
+            return False
+        self.trouble = None
+        self.tries = 0
+        with self._lock:
+            self.unanswered -= len(items)
+        self._answer(list(zip(items, verdicts, strict=True)), mail)
+        return True
+
+    def _gather(
+        self,
+    ) -> tuple[list[tuple[Start, Answer]], list[tuple[Send, Answer]], list[tuple[Turn, Answer]]]:
+        starts: list[tuple[Start, Answer]] = []
+        later: list[tuple[Start, Answer]] = []
+        ids: set[tuple[str, ...]] = set()
+        with self._lock:
+            turns, self._turns = self._turns[:MOST], self._turns[MOST:]
+            sends, self._sends = self._sends[:MOST], self._sends[MOST:]
+            for item in self._starts:
+                start = item[0]
+                names: set[tuple[str, ...]] = {("id", start.namespace, start.id)}
+                if start.idempotency_key is not None:
+                    names.add(("key", start.namespace, start.idempotency_scope, start.idempotency_key))
+                if len(starts) >= MOST or ids & names:
+                    # Two of one id or key are settled one after the other.
+                    later.append(item)
+                else:
+                    ids |= names
+                    starts.append(item)
+            self._starts = later
+        return starts, sends, turns
+
+    def _mail_for(self, sent: Sequence[Verdict], batch: Batch) -> Sequence[Mail]:
+        """Mail that this batch brought to runs of this very process: read at once, no poll in between."""
+        incarnation = self._incarnation()
+        if incarnation is None:
+            return ()
+        if any(isinstance(verdict, Kept) and self._owns(verdict.run) for verdict in sent) or any(
+            turn.sends and any(self._concerns(send) for send in turn.sends) for turn in batch.turns
+        ):
+            return self.store.mail(incarnation)
+        return ()
+
+    def _concerns(self, send: Send) -> bool:
+        return not isinstance(send.to, int) or self._owns(send.to)
+
+    def _troubled(
+        self,
+        error: PerdureError,
+        starts: list[tuple[Start, Answer]],
+        sends: list[tuple[Send, Answer]],
+        turns: list[tuple[Turn, Answer]],
+    ) -> None:
+        self.trouble = error if isinstance(error, StoreError) else None
+        self.tries += 1
+        if self.tries == 1:
+            log.error("the store refused a batch, turns are kept and tried again: %s", error)
+        # A caller is told; a turn is kept, because its run's work would be lost with it.
+        with self._lock:
+            self._turns[:0] = turns
+            self.unanswered -= len(starts) + len(sends)
+        self._answer([(answer, error) for _, answer in (*starts, *sends)], ())
+
+
+class CommitterThread:
+    """Calls `flush` when there is something to write; `kick` says so."""
+
+    def __init__(self, committer: Committer) -> None:
+        self.committer = committer
+        self._wanted = threading.Semaphore(0)
+        self._stopping = False
+        self._thread = threading.Thread(target=self._serve, name="perdure-committer", daemon=True)
+        self._thread.start()
+
+    def kick(self) -> None:
+        """Something was added. Cheap, from any thread, as often as you like."""
+        self._wanted.release()
+
+    def stop(self, timeout: float = 10) -> None:
+        """Write what is waiting and end. Twice is once."""
+        self._stopping = True
+        self._wanted.release()
+        self._thread.join(timeout)
+
+    def _serve(self) -> None:
+        while True:
+            self._wanted.acquire()
+            while self.committer.waiting:
+                if not self.committer.flush():
+                    # 50 ms doubling to 5 s: a store in trouble is not hammered.
+                    pause = min(0.05 * 2 ** min(self.committer.tries, 10), 5.0)
+                    deadline = time.monotonic() + pause
+                    while not self._stopping and time.monotonic() < deadline:
+                        time.sleep(0.02)
+                    if self._stopping and self.committer.tries > 3:
+                        return
+            if self._stopping:
+                return

@@ -1,0 +1,107 @@
+"""How one run tells another about its end: the message's data, and the event it becomes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import Raw
+
+from perdure.core import events as ev
+from perdure.core.failure import NOTHING, RecordedError
+from perdure.core.turn import Mail, ParentLink, Send
+
+
+class RemoteEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The data of `child_ended` and `activity_ended` messages."""
+
+    step: str
+    run: str
+    status: str
+    value: Raw = NOTHING
+    error: RecordedError | None = None
+    attempts: int = 1
+
+
+class StartPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a run's row keeps of how it was started, as JSON: not for the store, for whoever ends or executes it."""
+
+    awaited: bool = True
+    retry: dict[str, Any] | None = None
+    timeout: int | None = None
+    total_timeout: int | None = None
+
+
+_encode = msgspec.json.encode
+_ends: msgspec.json.Decoder[RemoteEnd] = msgspec.json.Decoder(RemoteEnd)
+_policies: msgspec.json.Decoder[StartPolicy] = msgspec.json.Decoder(StartPolicy)
+
+
+def policy_text(policy: StartPolicy) -> str:
+    """As it is stored; the default is nothing at all."""
+    return "" if policy == StartPolicy() else _encode(policy).decode()
+
+
+def policy_of(text: str) -> StartPolicy:
+    """The policy a row keeps."""
+    return _policies.decode(text) if text else StartPolicy()
+
+
+def telling_parent(
+    *,
+    kind: str,
+    parent: int,
+    step: str,
+    run: str,
+    status: str,
+    result: str | None,
+    error: RecordedError | None,
+    attempts: int = 1,
+) -> Send:
+    """The message that a child or activity has ended; the same end is the same message."""
+    end = RemoteEnd(
+        step=step,
+        run=run,
+        status=status,
+        value=NOTHING if result is None else Raw(result.encode()),
+        error=error,
+        attempts=attempts,
+    )
+    named = "child" if kind == "workflow" else "activity"
+    return Send(
+        to=parent, id=f"perdure:{named}:{step}", kind=f"{named}_ended", name=step, data=_encode(end).decode()
+    )
+
+
+def cancelling(parent: int, step: str, reason: str) -> Send:
+    """Ask a child, found by its parent link and never by its id, to cancel."""
+    return Send(
+        to=ParentLink(run=parent, step=step),
+        id=CANCEL,
+        kind="cancel",
+        data=_encode({"reason": reason}).decode(),
+    )
+
+
+CANCEL = "perdure:cancel"
+"""The id of every request to cancel: twice is once."""
+
+
+def input_of(mail: Mail, at: int) -> ev.Input:
+    """The input that a message becomes when it is delivered."""
+    if mail.kind == "signal":
+        return ev.Signal(at=at, message=mail.id, name=mail.name, value=Raw(mail.data.encode()))
+    if mail.kind == "cancel":
+        return ev.CancelRequested(at=at, message=mail.id, reason=msgspec.json.decode(mail.data).get("reason", ""))
+    end = _ends.decode(mail.data)
+    made = ev.ChildEnded if mail.kind == "child_ended" else ev.ActivityEnded
+    return made(
+        at=at,
+        message=mail.id,
+        step=end.step,
+        run=end.run,
+        status=end.status,
+        value=end.value,
+        error=end.error,
+        attempts=end.attempts,
+    )

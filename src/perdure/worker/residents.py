@@ -1,0 +1,810 @@
+"""A run in this worker's memory: takes its inputs, closes its turns, acts on what was acknowledged.
+
+Deliver on arrival, act on acknowledgement: an input reaches the code as soon as it is here, but nothing leaves
+the run (a step begins or is cancelled, a message, a child) before the commit that holds its cause has come
+back. At most one commit is in flight; what arrives meanwhile gathers for the next.
+
+Everything here happens on one thread, the shift's loop.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from msgspec import UNSET, Raw
+
+from perdure.core import events as ev
+from perdure.core import failure, retry, stored
+from perdure.core.errors import LimitExceeded, NonDeterminismError, PayloadError, StoreError
+from perdure.core.failure import RecordedError
+from perdure.core.match import PENDING, Op
+from perdure.core.turn import (
+    Committed,
+    Fenced,
+    Mail,
+    MoreMail,
+    ParentLink,
+    Row,
+    Start,
+    Turn,
+    Unstorable,
+)
+from perdure.runtime.context import ThisRun, step_key
+from perdure.runtime.play import Asked, Play
+from perdure.runtime.steps import LocalCall, RemoteCall
+from perdure.worker.executing import Execution, StepInfo
+from perdure.worker.remote_end import StartPolicy, cancelling, input_of, policy_of, telling_parent
+from perdure.worker.waits import waits_of
+
+if TYPE_CHECKING:
+    from perdure.worker.shift import Shift
+
+log = logging.getLogger("perdure.worker")
+
+FORCED_AFTER: Final = 3
+"""So often newer mail may send an ending run back; then it ends anyway and lists the rest as unread."""
+FIRST_BACK_OFF: Final = 1_000_000
+LAST_BACK_OFF: Final = 300_000_000
+LONG_STEP: Final = 1.0
+"""Seconds after which a running step is put into `waits`, so that `why` can name it."""
+RUNNING: Final = "running"
+WAITING: Final = "waiting"
+
+
+@dataclass(slots=True)
+class Gathered:
+    """What has come since the last commit: the inputs, what they caused, and what to do once it is recorded."""
+
+    inputs: list[tuple[ev.Input, Any]] = field(default_factory=list)
+    events: list[ev.Event] = field(default_factory=list)
+    consumed: list[str] = field(default_factory=list)
+    begun: list[tuple[str, int]] = field(default_factory=list)
+    given_up: list[str] = field(default_factory=list)
+    starts: list[Start] = field(default_factory=list)
+    sends: list[Any] = field(default_factory=list)
+    progress: bool = False
+
+
+class Outcome:
+    """How an attempt of a local step ended; becomes an input when it is delivered."""
+
+    __slots__ = ("attempt", "error", "final", "raw", "step", "value")
+
+    def __init__(
+        self,
+        step: str,
+        attempt: int,
+        *,
+        raw: bytes | None = None,
+        value: Any = UNSET,
+        error: BaseException | RecordedError | None = None,
+        final: bool = False,
+    ) -> None:
+        self.step = step
+        self.attempt = attempt
+        self.raw = raw
+        self.value = value
+        self.error = error
+        self.final = final
+
+
+class Again:
+    """An input of a turn that was thrown away, delivered again with the time it had."""
+
+    __slots__ = ("event", "value")
+
+    def __init__(self, event: ev.Input, value: Any) -> None:
+        self.event = event
+        self.value = value
+
+
+class Resident:
+    """See the module. Made by a start of this process, or for a claimed run."""
+
+    __slots__ = (
+        "acked_turn",
+        "blocked_tries",
+        "deadlines",
+        "epoch",
+        "executions",
+        "flight",
+        "forced",
+        "gone",
+        "history_warned",
+        "inbox",
+        "input",
+        "key",
+        "known_mail",
+        "last",
+        "long_steps",
+        "more_mail",
+        "open",
+        "parent",
+        "parent_step",
+        "play",
+        "policy",
+        "pumping",
+        "queue",
+        "rebuilding",
+        "retrying",
+        "row_id",
+        "seed",
+        "seq",
+        "shift",
+        "status",
+        "this",
+        "timer_at",
+        "version",
+        "wait_since",
+        "wake_at",
+        "workflow",
+        "written_waits",
+    )
+
+    def __init__(self, shift: Shift, this: ThisRun, *, key: int, epoch: int, version: int, last: str, seed: str) -> None:
+        self.shift = shift
+        self.this = this
+        self.key = key
+        self.epoch = epoch
+        self.version = version
+        self.last = last
+        self.seed = seed
+        self.input = ""
+        self.parent: int | None = None
+        self.parent_step: str | None = None
+        self.policy: StartPolicy = StartPolicy()
+        self.seq = 1
+        self.status = RUNNING
+        self.wake_at: int | None = None
+        self.written_waits = ""
+        self.inbox: deque[Mail | Outcome | Again] = deque()
+        self.open = Gathered()
+        self.flight: tuple[Turn, Gathered] | None = None
+        self.executions: dict[str, Execution | None] = {}
+        self.retrying: dict[str, int] = {}
+        self.deadlines: dict[str, int] = {}
+        self.known_mail: set[str] = set()
+        self.more_mail = 0
+        self.forced = False
+        self.blocked_tries = 0
+        self.history_warned = False
+        self.gone = False
+        self.pumping = False
+        self.rebuilding = True
+        self.timer_at: int | None = None
+        self.long_steps = False
+        self.workflow = shift.registry.workflows[this.workflow]
+        self.play = self._new_play()
+
+    @classmethod
+    def of_row(cls, shift: Shift, row: Row) -> Resident:
+        """For a claimed run, before its history is there."""
+        resident = cls(
+            shift,
+            shift.this_run(row),
+            key=row.key,
+            epoch=row.epoch,
+            version=row.version,
+            last=row.turn,
+            seed=row.seed,
+        )
+        resident.set_facts(row.input, row.parent, row.parent_step, policy_of(row.policy))
+        resident.wake_at = row.wake_at
+        resident.written_waits = row.waits
+        resident.blocked_tries = blocked_tries(row.waits)
+        return resident
+
+    def set_facts(self, input: str, parent: int | None, parent_step: str | None, policy: StartPolicy) -> None:
+        self.input = input
+        self.parent = parent
+        self.parent_step = parent_step
+        self.policy = policy
+        self.play = self._new_play()
+
+    def _new_play(self) -> Play:
+        return Play(
+            self.workflow,
+            self.this,
+            seed=self.seed,
+            input=self.input,
+            limits=self.shift.limits,
+            known=self.shift.registry.workflows,
+            threads=self.shift.threads,
+        )
+
+    # --- coming into memory ---------------------------------------------------------------------------
+
+    def begin(self, events: Sequence[ev.Event], mail: Sequence[Mail]) -> None:
+        """Bring the code to the end of the recorded line, then deliver what waits. Gives the loop back now and then."""
+        self.seq = len(events) + 1
+        for event in events:
+            message = getattr(event, "message", None)
+            if message is not None:
+                self.known_mail.add(message)
+        self._replay(iter(self.play.replay(events)), mail, ())
+
+    def _replay(self, steps: Any, mail: Sequence[Mail], again: Sequence[Again]) -> None:
+        if self.gone:
+            return
+        until = self.shift.monotonic() + 0.005
+        try:
+            with self.shift.watching(self):
+                while self.shift.monotonic() < until:
+                    next(steps)
+        except StopIteration:
+            self._come_alive(mail, again)
+        else:
+            self.shift.loop.call_soon(self._replay, steps, mail, again)
+
+    def _come_alive(self, mail: Sequence[Mail], again: Sequence[Again]) -> None:
+        play = self.play
+        self.rebuilding = False
+        for step, site in play.line.digests_differ[:1]:
+            log.warning(
+                'run %s: step "%s" (%s) is called with other arguments than recorded; the recorded outcome is used',
+                self.this.id,
+                step,
+                site,
+            )
+        if not play.over:
+            self._gather(play.take(), replayed=True)
+            if play.line.deferred:
+                self._deliver(ev.Resumed(at=self._now()), UNSET)
+        else:
+            self._gather(play.take(), replayed=True)
+        for message in mail:
+            self._accept(message)
+        # What was thrown away comes again, with its times, after the mail.
+        waiting, self.inbox = self.inbox, deque()
+        self.inbox.extend(m for m in waiting if isinstance(m, Mail))
+        self.inbox.extend(again)
+        self.inbox.extend(m for m in waiting if not isinstance(m, Mail))
+        self._wake_what_is_due()
+        self.pump()
+
+    # --- inputs ---------------------------------------------------------------------------------------
+
+    def post(self, mail: Mail) -> None:
+        """A message has arrived; one that is known is left alone."""
+        if self._accept(mail):
+            self.pump()
+
+    def _accept(self, mail: Mail) -> bool:
+        if mail.id in self.known_mail:
+            return False
+        self.known_mail.add(mail.id)
+        self.inbox.append(mail)
+        return True
+
+    def outcome(self, outcome: Outcome) -> None:
+        """An attempt of a local step has ended."""
+        self.inbox.append(outcome)
+        self.pump()
+
+    def tick(self) -> None:
+        """A timer, a retry or a deadline may have come due."""
+        if self.gone or self.rebuilding:
+            return
+        self.timer_at = None
+        self._wake_what_is_due()
+        self.pump()
+
+    def _wake_what_is_due(self) -> None:
+        now = self._now()
+        if self.deadlines:
+            for step in [s for s, due in self.deadlines.items() if due <= now]:
+                del self.deadlines[step]
+                op = self.play.line.ops.get(step)
+                if op is not None and op.state == PENDING:
+                    error = out_of_time("Its total_timeout has passed.", op.last_error)
+                    self.inbox.append(Outcome(step, op.attempt, error=error, final=True))
+        if self.retrying:
+            for step in [s for s, due in self.retrying.items() if due <= now]:
+                del self.retrying[step]
+                op = self.play.line.ops.get(step)
+                if op is not None and op.state == PENDING:
+                    self.open.begun.append((step, op.attempt))
+
+    def _now(self) -> int:
+        return max(self.shift.now(), self.play.line.now)
+
+    def pump(self) -> None:
+        """Deliver what is in the inbox, one by one, each timer that is due before it; then close the turn."""
+        if self.pumping or self.rebuilding or self.gone:
+            return
+        self.pumping = True
+        play = self.play
+        line = play.line
+        try:
+            while not play.over:
+                if not self.inbox:
+                    if line.due(self._now()):
+                        self._deliver(ev.Time(at=self._now()), UNSET)
+                        line = play.line
+                        continue
+                    break
+                item = self.inbox[0]
+                now = max(item.event.at, line.now) if isinstance(item, Again) else self._now()
+                if line.due(now):
+                    self._deliver(ev.Time(at=now), UNSET)
+                    line = play.line
+                    continue
+                self.inbox.popleft()
+                self._take_in(item, now)
+                line = play.line
+        finally:
+            self.pumping = False
+        self.settle()
+
+    def _take_in(self, item: Mail | Outcome | Again, now: int) -> None:
+        if isinstance(item, Outcome):
+            self._take_outcome(item, now)
+        elif isinstance(item, Mail):
+            self._deliver(input_of(item, now), UNSET)
+        else:
+            event = item.event
+            if isinstance(event, ev.LOCAL_OUTCOMES) and not self.play.line.wants(event.step, event.attempt):
+                return
+            if isinstance(event, ev.AttemptFailed):
+                self.retrying[event.step] = event.retry_at
+            self._deliver(msgspec.structs.replace(event, at=now), item.value)
+
+    def _take_outcome(self, item: Outcome, now: int) -> None:
+        """Record an outcome, if the code still wants it: a value, a final failure, or an attempt with the next one's time."""
+        line = self.play.line
+        if not line.wants(item.step, item.attempt):
+            return
+        op = line.ops[item.step]
+        if item.raw is not None:
+            event: ev.Input = ev.StepCompleted(
+                at=now,
+                step=op.id,
+                ordinal=op.ordinal,
+                name=op.name,
+                site=op.site,
+                digest=op.digest,
+                attempt=item.attempt,
+                value=Raw(item.raw),
+            )
+            self._deliver(event, item.value)
+            return
+        assert item.error is not None
+        call: LocalCall = op.spec
+        error = item.error if isinstance(item.error, RecordedError) else failure.record(item.error)
+        delay: timedelta | None = None
+        if not item.final:
+            if isinstance(item.error, BaseException):
+                delay = retry.decide(call.retry, item.error, item.attempt, self.shift.spread())
+            elif call.retry.max_attempts is None or item.attempt < call.retry.max_attempts:
+                delay = retry.backoff(call.retry, item.attempt, spread=self.shift.spread())
+        facts: dict[str, Any] = {
+            "at": now,
+            "step": op.id,
+            "ordinal": op.ordinal,
+            "name": op.name,
+            "site": op.site,
+            "digest": op.digest,
+            "attempt": item.attempt,
+            "error": error,
+        }
+        deadline = self.deadlines.get(op.id)
+        if delay is None:
+            self._deliver(ev.StepFailed(**facts), UNSET)
+        elif deadline is not None and now + retry.micros(delay) >= deadline:
+            facts["error"] = out_of_time("Its total_timeout would pass before the next attempt.", error)
+            self._deliver(ev.StepFailed(**facts), UNSET)
+        else:
+            retry_at = now + retry.micros(delay)
+            self.retrying[op.id] = retry_at
+            self._deliver(ev.AttemptFailed(**facts, retry_at=retry_at), UNSET)
+
+    def _deliver(self, event: ev.Input, value: Any) -> None:
+        """Let one input reach the code, and gather it with what it caused."""
+        gathered = self.open
+        gathered.inputs.append((event, value))
+        gathered.events.append(event)
+        message = getattr(event, "message", None)
+        if message is not None:
+            gathered.consumed.append(message)
+        elif isinstance(event, (ev.StepCompleted, ev.StepFailed)):
+            gathered.progress = True
+            self.deadlines.pop(event.step, None)
+        with self.shift.watching(self):
+            self.play.deliver(event, value)
+        self._gather(self.play.take())
+        limit = self.shift.limits
+        size = self.seq + len(gathered.events) + (len(self.flight[0].events) if self.flight else 0)
+        if size > limit.history_warn:
+            self._mind_the_size(size)
+
+    def _mind_the_size(self, size: int) -> None:
+        limits = self.shift.limits
+        if not self.history_warned:
+            self.history_warned = True
+            log.warning("run %s has %d events; it fails at %d", self.this.id, size, limits.history_stop)
+        if size > limits.history_stop and not self.play.over:
+            error = LimitExceeded(
+                f"The run has more than {limits.history_stop} events. A history this long makes every replay slow. "
+                "Start a child for each part of the work.",
+                what="the history",
+                limit=limits.history_stop,
+                actual=size,
+            )
+            self.play.fail(error)
+            self._gather(self.play.take())
+
+    def _gather(self, asked: Asked, *, replayed: bool = False) -> None:
+        gathered = self.open
+        line = self.play.line
+        if asked.commands:
+            gathered.events.extend(asked.commands)
+        for op in asked.begun:
+            if op.state != PENDING:
+                continue
+            spec: LocalCall = op.spec
+            if spec.total_timeout is not None:
+                self.deadlines[op.id] = op.at + retry.micros(spec.total_timeout)
+            if op.retry_at is not None and replayed:
+                self.retrying[op.id] = op.retry_at
+            else:
+                gathered.begun.append((op.id, op.attempt))
+        for op in asked.starts:
+            gathered.starts.append(self._start_of(op))
+        for op in asked.dropped:
+            if op.kind == "run":
+                gathered.given_up.append(op.id)
+                self.retrying.pop(op.id, None)
+                self.deadlines.pop(op.id, None)
+            elif op.kind in ("child", "activity"):
+                gathered.sends.append(cancelling(self.key, op.id, line.cancel_reason or "its parent gave it up"))
+        for message, why in line.skipped:
+            log.warning("run %s: the signal %s does not fit and was skipped: %s", self.this.id, message, why)
+        line.skipped.clear()
+
+    def _start_of(self, op: Op) -> Start:
+        spec: RemoteCall = op.spec
+        return self.shift.start_facts(
+            workflow=op.name or "",
+            id=op.run,
+            input=bytes(op.input).decode(),
+            seed=step_key(self.seed, f"child:{op.id}"),
+            kind="workflow" if op.kind == "child" else "activity",
+            queue=op.queue,
+            timeout=spec.timeout,
+            parent=ParentLink(run=self.key, step=op.id),
+            parent_close=op.parent_close,
+            policy=spec.policy if spec.policy is not None else StartPolicy(awaited=op.awaited),
+            idempotency_key=spec.idempotency_key,
+        )
+
+    # --- turns ----------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Close the turn that has gathered, if no commit is in flight and there is anything to write; else act."""
+        if self.flight is not None or self.gone or self.rebuilding:
+            return
+        play = self.play
+        if play.end is not None:
+            self._close()
+            return
+        if play.difference is not None:
+            self._block(play.difference)
+            return
+        if play.restless:
+            self._strike()
+            return
+        gathered = self.open
+        status = RUNNING if self.executions or gathered.begun else WAITING
+        wake_at = self._next_wake()
+        waiting = status == WAITING
+        if gathered.events or status != self.status or (waiting and wake_at != self.wake_at):
+            self.open = Gathered()
+            release = waiting and not self.inbox and self.shift.should_release(self)
+            self._commit(
+                gathered,
+                status=status,
+                wake_at=wake_at,
+                waits=waits_of(self, status) if waiting else "",
+                release=release,
+            )
+        elif gathered.begun or gathered.given_up:
+            self.open = Gathered()
+            self._act(gathered)
+        self._set_timer(wake_at)
+
+    def _next_wake(self) -> int | None:
+        wake = self.play.line.next_timer()
+        for times in (self.retrying, self.deadlines):
+            if times:
+                first = min(times.values())
+                wake = first if wake is None or first < wake else wake
+        return wake
+
+    def _set_timer(self, wake_at: int | None) -> None:
+        if wake_at is not None and (self.timer_at is None or wake_at < self.timer_at):
+            self.timer_at = wake_at
+            self.shift.wake_resident(self, wake_at)
+
+    def _commit(self, gathered: Gathered, *, status: str, **facts: Any) -> None:
+        shift = self.shift
+        turn = Turn(
+            run=self.key,
+            owner=shift.incarnation,
+            epoch=self.epoch,
+            version=self.version,
+            last=self.last,
+            id=shift.turn_id(),
+            first_seq=self.seq,
+            events=[stored.encode(event) for event in gathered.events],
+            consumed=gathered.consumed,
+            starts=gathered.starts,
+            sends=gathered.sends,
+            progress=gathered.progress,
+            status=status,
+            **facts,
+        )
+        self.flight = (turn, gathered)
+        shift.committer.turn(turn, self.answered)
+        shift.kick()
+
+    def _close(self) -> None:
+        """The run has ended: its closing turn tells the parent and asks its children to cancel."""
+        end = self.play.end
+        assert end is not None
+        gathered, self.open = self.open, Gathered()
+        line = self.play.line
+        reason = line.cancel_reason or "its parent has ended"
+        for step in line.emitted:
+            gathered.sends.append(cancelling(self.key, step, reason))
+        if self.parent is not None and self.policy.awaited:
+            assert self.parent_step is not None
+            gathered.sends.append(
+                telling_parent(
+                    kind="workflow",
+                    parent=self.parent,
+                    step=self.parent_step,
+                    run=self.this.id,
+                    status=end.status,
+                    result=end.result,
+                    error=end.error,
+                )
+            )
+        forced = self.more_mail >= FORCED_AFTER
+        if forced:
+            unread = tuple(item.id for item in self.inbox if isinstance(item, Mail))
+            gathered.events = [
+                msgspec.structs.replace(event, unread=event.unread + unread) if isinstance(event, ev.Ended) else event
+                for event in gathered.events
+            ]
+        self._commit(
+            gathered,
+            status=end.status,
+            closing=True,
+            forced=forced,
+            result=end.result,
+            error=None if end.error is None else msgspec.json.encode(end.error).decode(),
+        )
+
+    def _block(self, difference: Any) -> None:
+        """The code differs from the history: write nothing but that, with the report, and let others try."""
+        self.blocked_tries += 1
+        back_off = min(FIRST_BACK_OFF * 2 ** min(self.blocked_tries - 1, 20), LAST_BACK_OFF)
+        report = NonDeterminismError(
+            self.this.id,
+            difference.step,
+            recorded=f"event {difference.number}, {difference.recorded}" if difference.number else difference.recorded,
+            recorded_site=difference.recorded_site,
+            asked=difference.asked,
+            asked_site=difference.asked_site,
+        )
+        if self.blocked_tries == 1:
+            log.error("%s", report)
+        self.open = Gathered()
+        self._commit(
+            Gathered(),
+            status="blocked",
+            wake_at=self.shift.now() + back_off,
+            waits=json.dumps({"blocked": str(report), "tries": self.blocked_tries}),
+            release=True,
+        )
+
+    def _strike(self) -> None:
+        """The code did not rest: a strike, a pause, and `why` names its line."""
+        self.open = Gathered()
+        self._commit(
+            Gathered(),
+            status=WAITING,
+            wake_at=self.shift.now() + FIRST_BACK_OFF * 5,
+            waits=json.dumps({"restless": self.shift.last_stack}),
+            release=True,
+            strike=True,
+        )
+
+    # --- answers --------------------------------------------------------------------------------------
+
+    def answered(self, verdict: Any) -> None:
+        """The commit in flight came back."""
+        if self.gone or self.flight is None:
+            return
+        turn, gathered = self.flight
+        self.flight = None
+        if isinstance(verdict, Committed):
+            self._committed(turn, gathered)
+        elif isinstance(verdict, MoreMail):
+            self._rebuild(gathered)
+        elif isinstance(verdict, Fenced):
+            self.shift.lost(self)
+        elif isinstance(verdict, (Unstorable, StoreError)):
+            log.error("run %s: the store refused its turn: %s", self.this.id, verdict)
+            self.shift.lost(self)
+        else:  # Busy: the same turn again in a moment
+            self.flight = (turn, gathered)
+            self.shift.loop.call_later(0.05, self._again, turn)
+
+    def _again(self, turn: Turn) -> None:
+        if not self.gone:
+            self.shift.committer.turn(turn, self.answered)
+            self.shift.kick()
+
+    def _committed(self, turn: Turn, gathered: Gathered) -> None:
+        self.version += 1
+        self.last = turn.id
+        self.seq += len(turn.events)
+        self.status = turn.status
+        self.wake_at = turn.wake_at
+        self.written_waits = turn.waits
+        self.shift.noted(self)
+        if turn.closing:
+            self.shift.ended(self, turn)
+        elif turn.release:
+            if turn.status == "blocked":
+                self.shift.blocked(self)
+            self.shift.dropped(self)
+        else:
+            if self.blocked_tries:
+                self.blocked_tries = 0
+            self._act(gathered)
+            self.settle()
+
+    def _act(self, gathered: Gathered) -> None:
+        """What the acknowledged turn caused may now leave the run."""
+        for step in gathered.given_up:
+            execution = self.executions.pop(step, None)
+            if execution is not None:
+                self.shift.abandon(execution)
+        for step, attempt in gathered.begun:
+            self._begin_step(step, attempt)
+
+    def _begin_step(self, step: str, attempt: int) -> None:
+        line = self.play.line
+        op = line.pending.get(step)
+        if op is None or op.attempt != attempt:
+            return
+        there = self.executions.get(step)
+        if there is not None and there.attempt == attempt:
+            return  # It survived a rebuild of this run.
+        call: LocalCall = op.spec
+        info = StepInfo(
+            run_id=self.this.id,
+            workflow=self.this.workflow,
+            id=step,
+            attempt=attempt,
+            key=step_key(self.seed, step),
+        )
+        execution = Execution(step, attempt, call, info, self._step_ended)
+        self.executions[step] = execution
+        self.shift.execute(self, op, execution)
+
+    def _step_ended(self, execution: Execution, value: Any, error: BaseException | None) -> None:
+        """An execution has reported; on the loop's thread."""
+        self.shift.freed(execution)
+        if self.gone:
+            return
+        if self.executions.get(execution.step) is execution:
+            del self.executions[execution.step]
+        call = execution.call
+        if error is None:
+            try:
+                raw, decoded = call.encode(value, execution.step)
+            except (PayloadError, LimitExceeded) as refused:
+                # It would be refused again: no retry.
+                self.outcome(Outcome(execution.step, execution.attempt, error=refused, final=True))
+            else:
+                self.outcome(Outcome(execution.step, execution.attempt, raw=raw, value=decoded))
+        else:
+            self.outcome(Outcome(execution.step, execution.attempt, error=error))
+
+    # --- rebuilding -----------------------------------------------------------------------------------
+
+    def _rebuild(self, gathered: Gathered) -> None:
+        """Newer mail came before the end: throw the turn away, read all mail, deliver it and then the rest again."""
+        self.more_mail += 1
+        inputs = [*gathered.inputs, *self.open.inputs]
+        again = [Again(event, value) for event, value in inputs if not hasattr(event, "message")]
+        again = [item for item in again if not isinstance(item.event, (ev.Time, ev.Resumed))]
+        first = inputs[0][0].at if inputs else self.play.line.now
+        for message in [*gathered.consumed, *self.open.consumed]:
+            self.known_mail.discard(message)
+        self.inbox = deque(item for item in self.inbox if not isinstance(item, Mail))
+        times = {event.message: event.at for event, _ in inputs if hasattr(event, "message")}
+        self.play.close()
+        self.open = Gathered()
+        self.retrying.clear()
+        self.deadlines.clear()
+        self.rebuilding = True
+        self.play = self._new_play()
+        self.shift.read_again(self, lambda events, mail: self._read(events, mail, again, times, first))
+
+    def _read(
+        self,
+        events: Sequence[ev.Event],
+        mail: Sequence[Mail],
+        again: Sequence[Again],
+        times: dict[str, int],
+        first: int,
+    ) -> None:
+        self.known_mail = {m for m in (getattr(event, "message", None) for event in events) if m is not None}
+        # Mail comes first and in mailbox order, old with the time it had, new with that of the turn's first input.
+        messages: list[Again] = []
+        for message in sorted(mail, key=lambda m: m.position):
+            if message.id not in self.known_mail:
+                self.known_mail.add(message.id)
+                messages.append(Again(input_of(message, times.get(message.id, first)), UNSET))
+        self.inbox = deque(item for item in self.inbox if not (isinstance(item, Mail) and item.id in self.known_mail))
+        self._replay(iter(self.play.replay(events)), (), [*messages, *again])
+
+    # --- leaving memory -------------------------------------------------------------------------------
+
+    @property
+    def parked(self) -> bool:
+        """Whether it only waits, with nothing in flight, in hand or unacknowledged."""
+        return (
+            not self.gone
+            and not self.rebuilding
+            and self.flight is None
+            and not self.executions
+            and not self.inbox
+            and not self.open.events
+            and self.status == WAITING
+        )
+
+    def leave(self) -> None:
+        """Leave memory: the code is closed, functions in flight are cancelled."""
+        if self.gone:
+            return
+        self.gone = True
+        for execution in self.executions.values():
+            if execution is not None:
+                self.shift.abandon(execution)
+        self.executions.clear()
+        self.inbox.clear()
+        self.play.close()
+
+    def name_long_steps(self) -> None:
+        """Put steps that have run for a while into `waits`, by a commit without events."""
+        if self.gone or self.flight is not None or self.rebuilding or self.play.over or not self.executions:
+            return
+        waits = waits_of(self, RUNNING)
+        if waits != self.written_waits:
+            gathered, self.open = self.open, Gathered()
+            self._commit(gathered, status=RUNNING, wake_at=self._next_wake(), waits=waits)
+
+
+def out_of_time(message: str, cause: RecordedError | None = None) -> RecordedError:
+    """The record of a step that did not end in time."""
+    return RecordedError(type="TimeoutError", message=message, kind="timed_out", cause=cause)
+
+
+def blocked_tries(waits: str) -> int:
+    """How often a blocked run was tried in vain, from its row."""
+    if not waits.startswith('{"blocked"'):
+        return 0
+    return int(json.loads(waits).get("tries", 0))
+

@@ -1,0 +1,552 @@
+"""One life of a worker: announces itself, claims, keeps runs in memory, executes their steps, and goes in peace.
+
+Everything that changes state happens on one thread, that of `loop`. Around it stand small objects with a `step`
+or `flush` (committer, watcher, heartbeat, housekeeper), which threads call in a process and choices call in a
+simulation; they hand what they found to `received` and `answered` here.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import platform
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Final
+
+from perdure.core import codec, stored
+from perdure.core import events as ev
+from perdure.core.errors import StoreError
+from perdure.core.limits import Limits
+from perdure.core.match import Op
+from perdure.core.retry import micros, moment
+from perdure.core.turn import (
+    Announced,
+    Announcement,
+    Head,
+    Mail,
+    ParentLink,
+    Row,
+    Start,
+    Turn,
+)
+from perdure.runtime.context import ThisRun
+from perdure.runtime.drive_sync import BodyThreads, SyncDriver
+from perdure.runtime.registry import Registry
+from perdure.runtime.steps import ActivityPolicy
+from perdure.stores.contract import Store
+from perdure.worker.activities import ActivityRun, start_policy
+from perdure.worker.committer import Committer
+from perdure.worker.executing import Execution, Executor
+from perdure.worker.lease import Heartbeat
+from perdure.worker.remote_end import StartPolicy, policy_text
+from perdure.worker.residents import Outcome, Resident, out_of_time
+from perdure.worker.watchdog import Watched
+
+log = logging.getLogger("perdure.worker")
+
+LANGUAGE: Final = "python" + ".".join(platform.python_version_tuple()[:2])
+UNWIND_AFTER: Final = 1.0
+"""Seconds after which a sync body that waits gives its thread back."""
+
+
+class Settings:
+    """How a worker works; the names and defaults of `Engine`."""
+
+    def __init__(
+        self,
+        *,
+        namespace: str = "default",
+        queues: Sequence[str] = ("default",),
+        concurrency: int = 256,
+        threads: int = 32,
+        resident: int = 10_000,
+        lease: float = 15,
+        limits: Limits | None = None,
+        name: str | None = None,
+        alone: bool = False,
+    ) -> None:
+        self.namespace = namespace
+        self.queues = tuple(queues)
+        self.concurrency = concurrency
+        self.threads = threads
+        self.resident = resident
+        self.lease = lease
+        self.limits = limits if limits is not None else Limits()
+        self.name = name or f"{platform.node() or 'worker'}"
+        self.alone = alone
+
+
+class Shift:
+    """See the module.
+
+    loop: the ordinary loop, or a simulated one. kick: called when the committer has something to write.
+    ended_run: told of each run that ended here: (key, closing turn).
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        registry: Registry,
+        settings: Settings,
+        loop: Any,
+        *,
+        kick: Callable[[], None],
+        monotonic: Callable[[], float] = time.monotonic,
+        random_hex: Callable[[int], str] = secrets.token_hex,
+        spread: Callable[[], float] | None = None,
+        ended_run: Callable[[int, Turn], None] = lambda key, turn: None,
+        read: Callable[[Callable[[], Any], Callable[[Any], None]], None] | None = None,
+    ) -> None:
+        self.store = store
+        self.registry = registry
+        self.settings = settings
+        self.limits = settings.limits
+        self.loop = loop
+        self.monotonic = monotonic
+        self.random_hex = random_hex
+        self.spread = spread if spread is not None else _system_random.random
+        self.now = store.now
+        self.threads = BodyThreads(settings.threads)
+        self.executor = Executor(loop, self.threads)
+        self.residents: dict[int, Resident] = {}
+        self.parked: set[int] = set()
+        self.activities: dict[int, ActivityRun] = {}
+        self.executing = 0
+        self.draining = False
+        self.closed = False
+        self.last_stack = ""
+        self.incarnation = ""
+        self.heartbeat: Heartbeat | None = None
+        self.committer = Committer(
+            store, self._answer, incarnation=lambda: self.incarnation, owns=self.residents.__contains__
+        )
+        self.ended_run = ended_run
+        self.watched = Watched()
+        self.claiming = 0
+        self.alone_with: int | None = None
+        self._kick = kick
+        self._kicked = False
+        self._read = read if read is not None else self._read_in_thread
+        self._turns = 0
+        self._queue: deque[Callable[[], None]] = deque()
+        self._held: list[Callable[[], None]] = []
+        self._timers: list[tuple[int, int, Resident]] = []
+        self._timer_count = 0
+        self._timer: Any = None
+        self._timer_for: int | None = None
+
+    # --- life ------------------------------------------------------------------------------------------
+
+    def announcement(self) -> Announcement:
+        """A new incarnation with everything it serves."""
+        served = [
+            Announced(name=w.name, kind="workflow", queue=w.queue, signature=_parameters(w.signature))
+            for w in self.registry.workflows.values()
+        ] + [
+            Announced(name=a.name, kind="activity", queue=a.queue or "default", signature=_parameters(a.signature))
+            for a in self.registry.activities.values()
+        ]
+        return Announcement(
+            incarnation=self.random_hex(16),
+            name=self.settings.name,
+            namespace=self.settings.namespace,
+            queues=self.settings.queues,
+            serves=served,
+            ttl=int(self.settings.lease * 1_000_000),
+        )
+
+    def begin(self, announcement: Announcement) -> None:
+        """Live as this incarnation, once the store knows it."""
+        self.incarnation = announcement.incarnation
+        self.heartbeat = Heartbeat(
+            self.store,
+            announcement.incarnation,
+            ttl=self.settings.lease,
+            dead=lambda: self._soon(self.died),
+            clock=self.monotonic if self.monotonic is not time.monotonic else _default_clock,
+        )
+
+    def died(self) -> None:
+        """This incarnation was reaped: drop everything, its runs are others' now, and begin anew."""
+        log.warning("this worker was taken for dead, its runs went to others; it goes on as a new incarnation")
+        for resident in list(self.residents.values()):
+            self.dropped(resident)
+        for activity in list(self.activities.values()):
+            activity.leave()
+        if not self.closed and not self.draining:
+            announcement = self.announcement()
+            self._read(
+                lambda: self.store.announce(announcement), lambda lease: self._reborn(announcement, lease)
+            )
+
+    def _reborn(self, announcement: Announcement, lease: Any) -> None:
+        if isinstance(lease, StoreError):
+            self.loop.call_later(1.0, self.died)
+            return
+        threaded = self.heartbeat is not None and self.heartbeat._thread is not None
+        self.begin(announcement)
+        if threaded and self.heartbeat is not None:
+            self.heartbeat.start()
+
+    @property
+    def room(self) -> int:
+        """How many runs may be claimed now."""
+        if self.draining or self.closed or self.alone_with is not None:
+            return 0
+        most = self.settings.concurrency * 4
+        active = len(self.residents) - len(self.parked) + len(self.activities) + self.claiming
+        return max(most - active, 0)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing executes and nothing waits to be written."""
+        return self.executing == 0 and self.committer.unanswered == 0
+
+    def drain(self) -> None:
+        """Begin nothing new: no claim, no step. What is in flight may end."""
+        self.draining = True
+
+    def close(self) -> None:
+        """Leave: all runs leave memory. Twice is once."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for resident in list(self.residents.values()):
+            resident.leave()
+        self.residents.clear()
+        self.parked.clear()
+        for activity in list(self.activities.values()):
+            activity.leave()
+
+    # --- what others bring -----------------------------------------------------------------------------
+
+    def received(self, heads: Sequence[tuple[Head, Sequence[ev.Event]]], mail: Sequence[Mail]) -> None:
+        """Claimed runs with their histories, and unread mail of runs owned here."""
+        self.claiming = 0
+        for head, events in heads:
+            if self.closed:
+                break
+            row = head.row
+            if row.owner != self.incarnation:
+                continue
+            if row.strikes >= 2:
+                self.alone_with = row.key
+            if row.kind == "activity":
+                ActivityRun(self, row, head.mail).begin()
+                continue
+            there = self.residents.pop(row.key, None)
+            if there is not None:
+                there.leave()
+                self.parked.discard(row.key)
+            resident = Resident.of_row(self, row)
+            self.residents[row.key] = resident
+            resident.begin(events, head.mail)
+        for message in mail:
+            owned = self.residents.get(message.run)
+            if owned is not None:
+                owned.post(message)
+            elif message.run in self.activities:
+                self.activities[message.run].post(message)
+
+    def begun(self, start: Start, key: int, *, id: str, version: int, at: int) -> None:
+        """A start of this process was written with this incarnation as its owner: no claim, no history to read."""
+        if self.closed or start.owner != self.incarnation or key in self.residents:
+            return
+        this = ThisRun(
+            id=id,
+            generation=1,
+            workflow=start.workflow,
+            queue=start.queue,
+            namespace=start.namespace,
+            attempt=1,
+            max_attempts=1,
+            parent=None,
+            root=id,
+            created_at=moment(at),
+        )
+        resident = Resident(self, this, key=key, epoch=1, version=version, last="", seed=start.seed)
+        resident.set_facts(start.input, None, None, StartPolicy())
+        self.residents[key] = resident
+        resident.begin([stored.decode(start.event)], ())
+
+    def _answer(self, answers: list[tuple[Callable[[Any], None], Any]], mail: Sequence[Mail]) -> None:
+        self._soon(self._answered, answers, mail)
+
+    def _answered(self, answers: list[tuple[Callable[[Any], None], Any]], mail: Sequence[Mail]) -> None:
+        for answer, verdict in answers:
+            answer(verdict)
+        if mail:
+            self.received((), mail)
+
+    def _soon(self, callback: Callable[..., Any], *args: Any) -> None:
+        try:
+            self.loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:
+            log.debug("an answer came after the loop was closed")
+
+    # --- what residents ask ----------------------------------------------------------------------------
+
+    def kick(self) -> None:
+        """There is something to write: tell the committer once, at the end of what the loop does now."""
+        if not self._kicked:
+            self._kicked = True
+            self.loop.call_soon(self._kick_now)
+
+    def _kick_now(self) -> None:
+        self._kicked = False
+        self._kick()
+
+    def turn_id(self) -> str:
+        """Never repeated: the incarnation is random, the number counts."""
+        self._turns += 1
+        return f"{self.incarnation}-{self._turns}"
+
+    def this_run(self, row: Row) -> ThisRun:
+        """What a claimed run knows of itself."""
+        return ThisRun(
+            id=row.id,
+            generation=row.generation,
+            workflow=row.workflow,
+            queue=row.queue,
+            namespace=row.namespace,
+            attempt=row.attempt,
+            max_attempts=1,
+            parent=row.parent_id,
+            root=row.id.split("/")[0] if row.parent_id is not None else row.id,
+            created_at=moment(row.created_at),
+        )
+
+    def start_facts(
+        self,
+        *,
+        workflow: str,
+        id: str,
+        input: str,
+        seed: str,
+        kind: str = "workflow",
+        queue: str = "default",
+        timeout: timedelta | None = None,
+        parent: ParentLink | None = None,
+        parent_close: str = "cancel",
+        policy: StartPolicy | ActivityPolicy | None = None,
+        idempotency_key: str | None = None,
+    ) -> Start:
+        """The start of a child or an activity, as the store takes it."""
+        given = start_policy(policy) if isinstance(policy, ActivityPolicy) else policy
+        now = self.now()
+        return Start(
+            namespace=self.settings.namespace,
+            id=id,
+            workflow=workflow,
+            input=input,
+            digest=codec.digest128(input),
+            seed=seed,
+            event=stored.encode(ev.Started(at=now, seed=seed)) if kind == "workflow" else "",
+            kind=kind,
+            queue=queue,
+            parent=parent,
+            parent_close=parent_close,
+            awaited=given.awaited if given is not None else True,
+            deadline_at=None if timeout is None else now + micros(timeout),
+            language=LANGUAGE,
+            policy="" if given is None else policy_text(given),
+            idempotency_scope=workflow,
+            idempotency_key=idempotency_key,
+        )
+
+    def should_release(self, resident: Resident) -> bool:
+        """Whether a parking run is one too many to keep in memory."""
+        return len(self.residents) > self.settings.resident or self.draining
+
+    def noted(self, resident: Resident) -> None:
+        """A commit came back: count parked runs, let long-waiting sync bodies give their threads back."""
+        if resident.status == "waiting":
+            self.parked.add(resident.key)
+            if resident.workflow.style == "sync":
+                if self.threads.short:
+                    resident.play.unwind()
+                else:
+                    self.loop.call_later(UNWIND_AFTER, self._unwind, resident, resident.version)
+        else:
+            self.parked.discard(resident.key)
+
+    def _unwind(self, resident: Resident, version: int) -> None:
+        if not resident.gone and resident.version == version and resident.parked:
+            resident.play.unwind()
+
+    def ended(self, resident: Resident, turn: Turn) -> None:
+        """A run has ended, and its end is recorded."""
+        self.dropped(resident)
+        self.ended_run(resident.key, turn)
+
+    def dropped(self, resident: Resident) -> None:
+        """A run leaves memory."""
+        if self.residents.get(resident.key) is resident:
+            del self.residents[resident.key]
+        self.parked.discard(resident.key)
+        if self.alone_with == resident.key:
+            self.alone_with = None
+        resident.leave()
+
+    def lost(self, resident: Resident) -> None:
+        """Somebody else has the run now: a normal day."""
+        log.debug("run %s: its lease was lost, it is dropped", resident.this.id)
+        self.dropped(resident)
+
+    def blocked(self, resident: Resident) -> None:
+        """A run was written as blocked; whoever waits here for its result is told once, in the log."""
+
+    def read_again(
+        self, resident: Resident, then: Callable[[Sequence[ev.Event], Sequence[Mail]], None]
+    ) -> None:
+        """History and mailbox of a run, read outside the loop."""
+
+        def read() -> Any:
+            return [stored.decode(text) for text in self.store.history(resident.key)], self.store.mailbox(resident.key)
+
+        def done(result: Any) -> None:
+            if resident.gone:
+                return
+            if isinstance(result, StoreError):
+                log.warning("run %s could not be read again: %s", resident.this.id, result)
+                self.dropped(resident)
+                return
+            then(*result)
+
+        self._read(read, done)
+
+    def _read_in_thread(self, read: Callable[[], Any], done: Callable[[Any], None]) -> None:
+        def run() -> None:
+            try:
+                result = read()
+            except StoreError as error:
+                result = error
+            self._soon(done, result)
+
+        threading.Thread(target=run, name="perdure-reader", daemon=True).start()
+
+    def watching(self, resident: Resident) -> Watched:
+        """Arm the watchdog while a run's code is inside."""
+        self.watched.resident = resident
+        return self.watched
+
+    # --- timers ----------------------------------------------------------------------------------------
+
+    def wake_resident(self, resident: Resident, at: int) -> None:
+        """Call its `tick` at that time."""
+        self._timer_count += 1
+        heapq.heappush(self._timers, (at, self._timer_count, resident))
+        if self._timer_for is None or at < self._timer_for:
+            self._set_timer(at)
+
+    def _set_timer(self, at: int) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_for = at
+        # A day at most: a clock that is put right meanwhile is looked at again.
+        delay = min(max(at - self.now(), 0) / 1_000_000, 86_400)
+        self._timer = self.loop.call_later(delay, self.wake_due)
+
+    def wake_due(self) -> None:
+        """Tick every resident whose time has come."""
+        self._timer = None
+        self._timer_for = None
+        now = self.now()
+        while self._timers and self._timers[0][0] <= now:
+            at, _, resident = heapq.heappop(self._timers)
+            if not resident.gone and resident.timer_at == at:
+                resident.tick()
+        if self._timers and not self.closed and self._timer_for is None:
+            self._set_timer(self._timers[0][0])
+
+    # --- steps -----------------------------------------------------------------------------------------
+
+    def execute(self, resident: Resident, op: Op, execution: Execution) -> None:
+        """Execute a step's function, when there is room and the lease is sure."""
+        self.admit(execution, lambda: self._execute(resident, op, execution))
+
+    def admit(self, execution: Execution, begin: Callable[[], None]) -> None:
+        """Begin an execution now, or when one ends, or when the lease is confirmed again."""
+        if self.draining or self.closed:
+            return
+        if self.heartbeat is not None and not self.heartbeat.valid:
+            if not self._held:
+                self.loop.call_later(0.1, self._try_held)
+            self._held.append(lambda: self.admit(execution, begin))
+        elif self.executing >= self.settings.concurrency:
+            self._queue.append(lambda: self.admit(execution, begin))
+        elif not execution.abandoned:
+            self.executing += 1
+            execution.counted = True
+            execution.began = self.now()
+            begin()
+
+    def _try_held(self) -> None:
+        held, self._held = self._held, []
+        for attempt in held:
+            attempt()
+
+    def _execute(self, resident: Resident, op: Op, execution: Execution) -> None:
+        call = execution.call
+        if call.timeout is not None:
+            execution.timer = self.loop.call_later(
+                call.timeout.total_seconds(), self._out_of_time, resident, execution
+            )
+        driver = resident.play.driver
+        if isinstance(driver, SyncDriver) and driver.may_execute(op) and not self.executor.on_loop(call.fn):
+            driver.execute(op, self.executor.job(execution, lambda: driver.finished(op)))
+        else:
+            self.executor.begin(execution)
+
+    def _out_of_time(self, resident: Resident, execution: Execution) -> None:
+        execution.timer = None
+        self.abandon(execution)
+        if resident.executions.get(execution.step) is execution:
+            del resident.executions[execution.step]
+        if not resident.gone:
+            assert execution.call.timeout is not None
+            message = f"Attempt {execution.attempt} took longer than its timeout of {execution.call.timeout}."
+            resident.outcome(Outcome(execution.step, execution.attempt, error=out_of_time(message)))
+
+    def abandon(self, execution: Execution) -> None:
+        """Nobody wants an execution's outcome any more."""
+        execution.abandon()
+        self.freed(execution)
+
+    def freed(self, execution: Execution) -> None:
+        """An execution no longer counts."""
+        if execution.counted:
+            execution.counted = False
+            self.executing -= 1
+            while self._queue and self.executing < self.settings.concurrency:
+                self._queue.popleft()()
+
+
+class _Random:
+    def __init__(self) -> None:
+        self._system = secrets.SystemRandom()
+
+    def random(self) -> float:
+        return self._system.random()
+
+
+_system_random: Final = _Random()
+
+
+def _default_clock() -> float:
+    from perdure.worker.lease import clock_with_suspend
+
+    return clock_with_suspend()
+
+
+def _parameters(signature: Any) -> Any:
+    return [{"name": p.name, "kind": p.kind, "required": p.required} for p in signature.parameters]
+
+
