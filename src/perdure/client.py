@@ -328,6 +328,13 @@ class Client:
         """Write what waits and give the store back. Twice is once."""
         await self._core.close()
 
+    @property
+    def sync(self) -> Any:
+        """The blocking face of the same open client, for threads that are not its loop's."""
+        from perdure import sync  # It imports this module.
+
+        return sync.face_of(self)
+
     def options(
         self,
         *,

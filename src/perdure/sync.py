@@ -1,0 +1,202 @@
+"""The same names without `await`: `Engine`, `Client`, `Worker`, `Context`, `RunHandle`.
+
+Each waits for its async twin, which lives on a loop in a thread of its own (or, for `.sync` of an open engine or
+client, on that one's loop). There is no second implementation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from datetime import timedelta
+from typing import Any, Generic, TypeVar
+
+from perdure import client as client_
+from perdure import engine as engine_
+from perdure.core.status import Status
+from perdure.info import Event, RunInfo, RunPage
+from perdure.runtime.context import SyncContext as Context
+from perdure.runtime.context import SyncPending as Pending
+
+__all__ = ["Client", "Context", "Engine", "Pending", "RunHandle", "Worker"]
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+class _Loop:
+    """Where the async twin lives: somebody else's running loop, or one in a thread of ours."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        self._loop = loop
+        self._ours = loop is None
+        self._lock = threading.Lock()
+
+    def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run the coroutine there and wait for it here."""
+        loop = self._running()
+        try:
+            here: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+        except RuntimeError:
+            here = None
+        if here is loop:
+            coroutine.close()
+            raise RuntimeError(
+                "A blocking call was made on the event loop's own thread. It would wait for itself for ever. "
+                "Use the async name with await, or call it from another thread."
+            )
+        future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="perdure-loop", daemon=True).start()
+            return self._loop
+
+    def stop(self) -> None:
+        """End our thread; somebody else's loop is left alone. Twice is once."""
+        with self._lock:
+            if self._ours and self._loop is not None:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+
+
+class Client:
+    """As `perdure.Client`, without `await`; from any thread."""
+
+    _twin: type[client_.Client] = client_.Client
+
+    def __init__(self, store: Any = None, **options: Any) -> None:
+        self._loop = _Loop()
+        self._async: client_.Client = self._twin(store, **options)
+
+    @classmethod
+    def _over(cls, twin: client_.Client, loop: _Loop) -> Any:
+        face = object.__new__(cls)
+        face._loop = loop
+        face._async = twin
+        return face
+
+    def __enter__(self) -> Any:
+        self._loop.wait(self._async.__aenter__())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """As `Client.close`."""
+        self._loop.wait(self._async.close())
+        self._loop.stop()
+
+    def options(self, **options: Any) -> Any:
+        """As `Client.options`."""
+        return self._over(self._async.options(**options), self._loop)
+
+    def start(self, workflow: Any, /, *args: Any, **kwargs: Any) -> RunHandle[Any]:
+        """As `Client.start`."""
+        return RunHandle(self._loop.wait(self._async.start(workflow, *args, **kwargs)), self._loop)
+
+    def handle(self, run_id: str, /, *, returns: Any = Any) -> RunHandle[Any]:
+        """As `Client.handle`."""
+        return RunHandle(self._async.handle(run_id, returns=returns), self._loop)
+
+    def list_runs(self, **filters: Any) -> RunPage:
+        """As `Client.list_runs`."""
+        return self._loop.wait(self._async.list_runs(**filters))
+
+    def counts(self, *, workflow: str | None = None, queue: str | None = None) -> dict[Status, int]:
+        """As `Client.counts`."""
+        return self._loop.wait(self._async.counts(workflow=workflow, queue=queue))
+
+
+class Engine(Client):
+    """As `perdure.Engine`, without `await`: `with Engine(...) as engine`."""
+
+    _twin = engine_.Engine
+
+
+class Worker:
+    """As `perdure.Worker`, without `await`: `run()` blocks until `stop()` is called from another thread."""
+
+    def __init__(self, store: Any = None, **options: Any) -> None:
+        self._loop = _Loop()
+        self._async = engine_.Worker(store, **options)
+
+    def run(self) -> None:
+        """As `Worker.run`."""
+        try:
+            self._loop.wait(self._async.run())
+        finally:
+            self._loop.stop()
+
+    def stop(self, grace: float = engine_.GRACE) -> None:
+        """As `Worker.stop`."""
+        self._loop.wait(self._async.stop(grace))
+
+
+class RunHandle(Generic[R]):
+    """As `perdure.RunHandle`, without `await`."""
+
+    def __init__(self, twin: client_.RunHandle[R], loop: _Loop) -> None:
+        self._async = twin
+        self._loop = loop
+
+    @property
+    def id(self) -> str:
+        """The run id."""
+        return self._async.id
+
+    def __repr__(self) -> str:
+        return repr(self._async)
+
+    def result(self, timeout: timedelta | float | None = None) -> R:
+        """As `RunHandle.result`."""
+        return self._loop.wait(self._async.result(timeout))
+
+    def status(self) -> Status:
+        """As `RunHandle.status`."""
+        return self._loop.wait(self._async.status())
+
+    def info(self) -> RunInfo:
+        """As `RunHandle.info`."""
+        return self._loop.wait(self._async.info())
+
+    def history(self) -> list[Event]:
+        """As `RunHandle.history`."""
+        return self._loop.wait(self._async.history())
+
+    def why(self) -> str:
+        """As `RunHandle.why`."""
+        return self._loop.wait(self._async.why())
+
+    def signal(self, name: str, /, *args: Any, message_id: str | None = None) -> None:
+        """As `RunHandle.signal`."""
+        self._loop.wait(self._async.signal(name, *args, message_id=message_id))
+
+    def cancel(self, reason: str = "") -> None:
+        """As `RunHandle.cancel`."""
+        self._loop.wait(self._async.cancel(reason))
+
+    def terminate(self, reason: str = "") -> None:
+        """As `RunHandle.terminate`."""
+        self._loop.wait(self._async.terminate(reason))
+
+
+def face_of(twin: client_.Client) -> Client:
+    """The blocking face of an open client or engine, for threads that are not its loop's."""
+    loop = twin._core.loop
+    if loop is None:
+        raise RuntimeError(
+            "The sync face was asked of a client that is not open. It needs the loop on which the client lives. "
+            "Enter the client first, or use perdure.sync."
+        )
+    kind = Engine if isinstance(twin, engine_.Engine) else Client
+    face: Client = kind._over(twin, _Loop(loop))
+    return face
