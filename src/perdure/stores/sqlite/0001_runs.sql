@@ -123,7 +123,7 @@ CREATE TABLE perdure_workers (
     dead INTEGER NOT NULL DEFAULT 0,
     dead_at INTEGER
 ) WITHOUT ROWID;
-CREATE INDEX perdure_workers_dead ON perdure_workers (dead) WHERE dead < 2;
+CREATE INDEX perdure_workers_dead ON perdure_workers (dead);
 
 -- Every workflow and activity that anybody ever announced, as it was announced last.
 CREATE TABLE perdure_served (

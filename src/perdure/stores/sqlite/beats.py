@@ -40,6 +40,8 @@ class Beats:
     def lock(self, incarnation: str, taken: set[int]) -> int:
         """A slot that is not `taken`, locked for this incarnation until `unlock` or death."""
         with self._lock:
+            if self._file is not None and not self._is_there():
+                self._drop()  # somebody removed the file: locks in it are seen by nobody
             slot = 0
             while slot in taken or slot in self._own.values() or not self._try(slot):
                 slot += 1
@@ -77,23 +79,34 @@ class Beats:
             fcntl.lockf(self._opened(), fcntl.LOCK_UN, 1, slot * SLOT)
             return True
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """Give the file back, unless an incarnation of this process is in it."""
         with self._lock:
-            if self._file is not None and not self._own:
-                os.close(self._file)
-                self._file = None
+            if not self._own:
+                self._drop()
+            return self._file is None
 
     def forget(self) -> None:
         """In a forked child: none of the parent's locks is ours."""
         self._lock = threading.Lock()
-        self._own.clear()
-        self.close()
+        self._drop()
 
     def _opened(self) -> int:
         if self._file is None:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         return self._file
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._opened()), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _drop(self) -> None:
+        file, self._file = self._file, None
+        self._own.clear()
+        if file is not None:
+            os.close(file)
 
     def _try(self, slot: int) -> bool:
         try:

@@ -3,15 +3,15 @@
 -- ready runs and of its timers that have come, so that a long line behind them costs nothing.
 -- (Queues; pairs of name and kind as JSON; namespace, strikes, number; namespace, now, strikes, number; number.)
 SELECT json_group_array(json_array(key, strikes, history_bytes, (
-    SELECT coalesce(sum(length(CAST(mail.data AS BLOB))), 0) FROM perdure_mail AS mail
+    SELECT coalesce(sum(length(CAST(mail.data AS BLOB))), 0) FROM perdure_mail AS mail INDEXED BY perdure_mail_unread
     WHERE mail.run = found.key AND mail.unread = 1
 )))
 FROM (
     SELECT run.key, run.strikes, run.history_bytes
-    FROM json_each(?) AS queue CROSS JOIN json_each(?) AS served CROSS JOIN perdure_runs AS run
+    FROM json_each(?) AS queue CROSS JOIN json_each(?) AS served CROSS JOIN perdure_runs AS run NOT INDEXED
     WHERE run.key IN (
         SELECT key FROM (
-            SELECT ready.key FROM perdure_runs AS ready
+            SELECT ready.key FROM perdure_runs AS ready INDEXED BY perdure_runs_due
             WHERE ready.namespace = ? AND ready.queue = queue.value
                 AND ready.workflow = json_extract(served.value, '$[0]') AND ready.kind = json_extract(served.value, '$[1]')
                 AND ready.due_at = 0 AND ready.strikes < ?
@@ -19,7 +19,7 @@ FROM (
         )
         UNION ALL
         SELECT key FROM (
-            SELECT timer.key FROM perdure_runs AS timer
+            SELECT timer.key FROM perdure_runs AS timer INDEXED BY perdure_runs_due
             WHERE timer.namespace = ? AND timer.queue = queue.value
                 AND timer.workflow = json_extract(served.value, '$[0]') AND timer.kind = json_extract(served.value, '$[1]')
                 AND timer.due_at > 0 AND timer.due_at <= ? AND timer.strikes < ?
@@ -34,14 +34,14 @@ FROM (
 -- (Namespace, now; namespace, now; queues; pairs of name and kind.)
 SELECT
     max((
-        SELECT run.due_at FROM perdure_runs AS run
+        SELECT run.due_at FROM perdure_runs AS run INDEXED BY perdure_runs_due
         WHERE run.namespace = ? AND run.queue = queue.value
             AND run.workflow = json_extract(served.value, '$[0]') AND run.kind = json_extract(served.value, '$[1]')
             AND run.due_at <= ?
         ORDER BY run.due_at DESC LIMIT 1
     )),
     min((
-        SELECT run.due_at FROM perdure_runs AS run
+        SELECT run.due_at FROM perdure_runs AS run INDEXED BY perdure_runs_due
         WHERE run.namespace = ? AND run.queue = queue.value
             AND run.workflow = json_extract(served.value, '$[0]') AND run.kind = json_extract(served.value, '$[1]')
             AND run.due_at > ?
@@ -77,12 +77,14 @@ WHERE key IN (SELECT value FROM json_each(?));
 
 -- name: owned_by
 -- The keys of the runs of one incarnation.
-SELECT json_group_array(key) FROM (SELECT key FROM perdure_runs WHERE owner = ? ORDER BY key);
+SELECT json_group_array(key) FROM (SELECT key FROM perdure_runs INDEXED BY perdure_runs_owner WHERE owner = ? ORDER BY key);
 
 -- name: orphans
 -- The first runs whose owners are dead, of at most a number.
 SELECT json_group_array(key) FROM (
-    SELECT run.key FROM perdure_workers AS worker CROSS JOIN perdure_runs AS run
+    SELECT run.key
+    FROM perdure_workers AS worker INDEXED BY perdure_workers_dead
+    CROSS JOIN perdure_runs AS run INDEXED BY perdure_runs_owner
     WHERE worker.dead = 1 AND run.owner = worker.incarnation
     ORDER BY run.key LIMIT ?
 );

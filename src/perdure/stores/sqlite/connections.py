@@ -14,6 +14,7 @@ from perdure.stores.sqlite import gate
 
 OLDEST: Final = (3, 35, 0)  # UPDATE … FROM with everything the statements here use
 SYNCHRONOUS: Final = {"full": "FULL", "normal": "NORMAL"}
+CHECKPOINT_PAGES: Final = 1_000
 CLASSES: Final = {"full": "D3", "normal": "D2"}
 
 
@@ -86,7 +87,9 @@ def connect(path: str, *, busy_timeout: float, durability: str, writes: bool) ->
         db.execute("PRAGMA foreign_keys = OFF")
         db.execute("PRAGMA temp_store = MEMORY")
         db.execute(f"PRAGMA synchronous = {SYNCHRONOUS[durability]}")
-        db.execute("PRAGMA wal_autocheckpoint = 0")
+        # Only SQLite knows how long the log is. So it checkpoints by itself (PASSIVE), but on one connection only,
+        # which commits inside the gate: no other process of ours writes or checkpoints then.
+        db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES if writes else 0}")
         if writes:
             db.execute("PRAGMA cache_size = -16000")
         else:

@@ -41,11 +41,21 @@ class Bell:
 class Place:
     """One database file, as this process sees it."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, file: tuple[int, int]) -> None:
+        self.path: Final = path
+        self.file: Final = file
         self.gate: Final = Gate(f"{path}-gate")
         self.beats: Final = Beats(f"{path}-workers")
         self.bell = Bell()
         self.tenants: weakref.WeakSet[Tenant] = weakref.WeakSet()
+
+    def is_there(self) -> bool:
+        """Whether the file is still under its name. SQLite would go on writing into one that nobody will ever open."""
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) == self.file
 
     def leave(self, tenant: Tenant) -> None:
         """A store is closed."""
@@ -54,7 +64,8 @@ class Place:
             if not self.tenants and self.gate.threads.acquire(blocking=False):
                 self.gate.close()
                 self.gate.threads.release()
-                self.beats.close()
+                if self.beats.close():
+                    _places.pop(self.file, None)
 
 
 _lock = threading.Lock()
@@ -66,7 +77,11 @@ def enter(path: str, tenant: Tenant) -> Place:
     """The place of an existing file, by any of its names."""
     with _lock:
         status = os.stat(path)
-        place = _places.setdefault((status.st_dev, status.st_ino), Place(path))
+        file = (status.st_dev, status.st_ino)
+        place = _places.get(file)
+        if place is None or (not place.tenants and place.path != path):
+            # The number of a file that is gone may come back as another file's.
+            place = _places[file] = Place(path, file)
         place.tenants.add(tenant)
         return place
 

@@ -35,20 +35,22 @@ ORDER BY run.generation DESC LIMIT 1;
 -- Events of a run, in order, as one text: no JSON text holds a record separator (30). Reading them one by one would
 -- give up the GIL for each. (Run, after, number.)
 SELECT count(*), group_concat(event, char(30)) FROM (
-    SELECT event FROM perdure_history WHERE run = ? AND seq > ? ORDER BY seq LIMIT ?
+    SELECT event FROM perdure_history INDEXED BY perdure_history_seq
+    WHERE run = ? AND seq > ? ORDER BY seq LIMIT ?
 );
 
 -- name: mail_of_owner
 -- Unread mail of the runs of one incarnation.
-SELECT json_group_array(/* message */) FROM perdure_mail AS mail WHERE mail.owner = ? AND mail.unread = 1;
+SELECT json_group_array(/* message */) FROM perdure_mail AS mail INDEXED BY perdure_mail_owner
+WHERE mail.owner = ? AND mail.unread = 1;
 
 -- name: newest_of_owner
 -- The position of the newest unread message of an incarnation's runs.
-SELECT max(position) FROM perdure_mail WHERE owner = ? AND unread = 1;
+SELECT max(position) FROM perdure_mail INDEXED BY perdure_mail_owner WHERE owner = ? AND unread = 1;
 
 -- name: mail_of_runs
 -- Unread mail of a list of runs.
-SELECT json_group_array(/* message */) FROM perdure_mail AS mail
+SELECT json_group_array(/* message */) FROM perdure_mail AS mail INDEXED BY perdure_mail_unread
 WHERE mail.unread = 1 AND mail.run IN (SELECT value FROM json_each(?));
 
 -- name: ended
@@ -59,19 +61,20 @@ WHERE key IN (SELECT value FROM json_each(?)) AND (ended_at IS NOT NULL OR statu
 -- name: children
 -- The live children of a run, oldest first.
 SELECT json_group_array(/* columns */) FROM (
-    SELECT * FROM perdure_runs WHERE parent = ? AND ended_at IS NULL ORDER BY key
+    SELECT * FROM perdure_runs INDEXED BY perdure_runs_parent WHERE parent = ? AND ended_at IS NULL ORDER BY key
 ) AS run;
 
 -- name: overdue
 -- Live runs past their deadline, and unowned ones that killed three workers. (Now, number, number, number.)
 SELECT json_group_array(/* columns */) FROM (
-    SELECT * FROM perdure_runs WHERE key IN (
+    SELECT * FROM perdure_runs NOT INDEXED WHERE key IN (
         SELECT key FROM (
-            SELECT key FROM perdure_runs WHERE deadline_at <= ? AND ended_at IS NULL ORDER BY deadline_at LIMIT ?
+            SELECT key FROM perdure_runs INDEXED BY perdure_runs_deadline
+            WHERE deadline_at <= ? AND ended_at IS NULL ORDER BY deadline_at LIMIT ?
         )
         UNION
         SELECT key FROM (
-            SELECT key FROM perdure_runs
+            SELECT key FROM perdure_runs INDEXED BY perdure_runs_struck
             WHERE strikes >= 3 AND ended_at IS NULL AND +owner IS NULL AND +status <> 'quarantined' LIMIT ?
         )
     )
@@ -82,10 +85,12 @@ SELECT json_group_array(/* columns */) FROM (
 -- The names of workflows that have runs in a namespace: one step of the index for each, not one for each run.
 -- (Namespace, namespace.)
 WITH RECURSIVE names (name) AS (
-    SELECT * FROM (SELECT workflow FROM perdure_runs WHERE namespace = ? ORDER BY workflow LIMIT 1)
+    SELECT * FROM (SELECT workflow FROM perdure_runs INDEXED BY perdure_runs_status
+        WHERE namespace = ? ORDER BY workflow LIMIT 1)
     UNION ALL
     SELECT (
-        SELECT workflow FROM perdure_runs WHERE namespace = ? AND workflow > names.name ORDER BY workflow LIMIT 1
+        SELECT workflow FROM perdure_runs INDEXED BY perdure_runs_status
+        WHERE namespace = ? AND workflow > names.name ORDER BY workflow LIMIT 1
     )
     FROM names WHERE names.name IS NOT NULL
 )
@@ -95,9 +100,9 @@ SELECT json_group_array(name) FROM names WHERE name IS NOT NULL;
 -- A page of runs, newest first: the newest of each workflow and status, then the newest of these. (Workflows,
 -- statuses; namespace, below this key, created after, created before, number; number.)
 SELECT json_group_array(/* columns */) FROM (
-    SELECT found.* FROM json_each(?) AS workflow CROSS JOIN json_each(?) AS status CROSS JOIN perdure_runs AS found
+    SELECT found.* FROM json_each(?) AS workflow CROSS JOIN json_each(?) AS status CROSS JOIN perdure_runs AS found NOT INDEXED
     WHERE found.key IN (
-        SELECT one.key FROM perdure_runs AS one
+        SELECT one.key FROM perdure_runs AS one INDEXED BY perdure_runs_status
         WHERE one.namespace = ? AND one.workflow = workflow.value AND one.status = status.value
             AND one.key < ? AND one.created_at > ? AND one.created_at < ?
         ORDER BY one.key DESC LIMIT ?
@@ -109,7 +114,7 @@ SELECT json_group_array(/* columns */) FROM (
 -- A page of the children of a run, newest first. (Parent, namespace, workflows, statuses, below this key, created
 -- after, created before, number.)
 SELECT json_group_array(/* columns */) FROM (
-    SELECT * FROM perdure_runs
+    SELECT * FROM perdure_runs INDEXED BY perdure_runs_parent
     WHERE parent = ? AND +namespace = ?
         AND +workflow IN (SELECT value FROM json_each(?)) AND +status IN (SELECT value FROM json_each(?))
         AND key < ? AND created_at > ? AND created_at < ?
@@ -118,10 +123,10 @@ SELECT json_group_array(/* columns */) FROM (
 
 -- name: counts
 -- Runs by status. (Namespace, workflows.)
-SELECT status, count(*) FROM perdure_runs
+SELECT status, count(*) FROM perdure_runs INDEXED BY perdure_runs_status
 WHERE namespace = ? AND workflow IN (SELECT value FROM json_each(?)) GROUP BY status;
 
 -- name: counts_of_queue
 -- Runs of a queue by status. (Namespace, workflows, queue.)
-SELECT status, count(*) FROM perdure_runs
+SELECT status, count(*) FROM perdure_runs INDEXED BY perdure_runs_status
 WHERE namespace = ? AND workflow IN (SELECT value FROM json_each(?)) AND queue = ? GROUP BY status;

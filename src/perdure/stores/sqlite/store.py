@@ -40,7 +40,6 @@ from perdure.stores.sqlite.errors import locked, ours
 from perdure.stores.sqlite.queries import SQL, Rows
 from perdure.stores.sqlite.writing import Short, Unfit, Writing
 
-CHECKPOINT_PAGES: Final = 1_000
 CHUNK: Final = 256  # events of a history that are read in one piece
 WINDOW: Final = 1_000  # claimable runs of one queue and name among which the most urgent are looked for
 READERS: Final = 8  # idle connections kept
@@ -459,6 +458,12 @@ class SQLiteStore:
         """One write transaction: all of the block, or nothing of it."""
         self._check_open()
         with self._gate(), ours(self.url):
+            if not self._place.is_there():
+                raise StoreUnavailable(
+                    f"The store {self.url} is not where it was: its file was moved, removed or replaced. Nothing was "
+                    "written. Put it back, or open the store again.",
+                    store=self.url,
+                )
             db = self._opened_writer()
             try:
                 db.execute("BEGIN IMMEDIATE")

@@ -1,6 +1,7 @@
 -- name: workers
 -- All incarnations that live or still own runs.
-SELECT incarnation, name, namespace, serves, ttl, slot, locked, announced_at, dead FROM perdure_workers WHERE dead < 2;
+SELECT incarnation, name, namespace, serves, ttl, slot, locked, announced_at, dead
+FROM perdure_workers INDEXED BY perdure_workers_dead WHERE dead < 2;
 
 -- name: worker
 -- One incarnation, also a dead one.
@@ -29,7 +30,7 @@ SELECT kind, name, queue, signature FROM perdure_served WHERE namespace = ? ORDE
 
 -- name: unblock
 -- Make blocked runs of workflows due now. (Now, now, namespace, names, now.)
-UPDATE perdure_runs SET wake_at = ?, due_at = ?
+UPDATE perdure_runs INDEXED BY perdure_runs_status SET wake_at = ?, due_at = ?
 WHERE namespace = ? AND workflow IN (SELECT value FROM json_each(?)) AND status = 'blocked'
     AND +owner IS NULL AND (wake_at IS NULL OR wake_at > ?);
 

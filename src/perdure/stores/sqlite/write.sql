@@ -54,7 +54,7 @@ SELECT column1, column2, column3 FROM (VALUES (?, ?, ?)) WHERE column1 IS NOT NU
 -- owner and its life, the epoch, the version and the last turn; that the run has not ended and may become what the
 -- turn says (`before` lists from which statuses); that the events follow its history; and, where the turn ends the
 -- run, that there is no unread mail it does not consume. The `+` keeps the planner from walking along all runs of
--- an owner.
+-- an owner; INDEXED BY, here and elsewhere, keeps it from being misled by statistics.
 UPDATE perdure_runs AS run SET
     version = run.version + 1,
     turn = turn.id,
@@ -90,14 +90,14 @@ WHERE run.key = turn.run
     AND instr(turn.before, run.status)
     AND (turn.follows IS NULL OR turn.follows = run.history_events)
     AND (turn.heeds_mail = 0 OR NOT EXISTS (
-        SELECT 1 FROM perdure_mail AS mail
+        SELECT 1 FROM perdure_mail AS mail INDEXED BY perdure_mail_unread
         WHERE mail.run = turn.run AND mail.unread = 1
             AND mail.id NOT IN (SELECT value FROM json_each(turn.consumed))
     ));
 
 -- name: consume_mail
 -- Empty messages that turns have taken into their histories. (Rows of run, id.)
-UPDATE perdure_mail AS mail SET unread = 0, owner = NULL, name = '', data = ''
+UPDATE perdure_mail AS mail INDEXED BY perdure_mail_id SET unread = 0, owner = NULL, name = '', data = ''
 FROM (SELECT column1 AS run, column2 AS id FROM (VALUES (?, ?))) AS taken
 WHERE mail.run = taken.run AND mail.id = taken.id AND +mail.unread = 1;
 
@@ -114,7 +114,8 @@ CROSS JOIN perdure_runs AS run
 WHERE run.key = sent.run
     AND run.ended_at IS NULL
     AND (sent.room IS NULL OR sent.room > (
-        SELECT count(*) FROM perdure_mail AS other WHERE other.run = sent.run AND other.unread = 1
+        SELECT count(*) FROM perdure_mail AS other INDEXED BY perdure_mail_unread
+        WHERE other.run = sent.run AND other.unread = 1
     ))
 ON CONFLICT (run, id) DO NOTHING;
 
@@ -126,16 +127,19 @@ WHERE run.key IN (SELECT value FROM json_each(?))
     AND +run.owner IS NULL
     AND (
         run.status IN ('waiting', 'running') AND EXISTS (
-            SELECT 1 FROM perdure_mail AS mail WHERE mail.run = run.key AND mail.unread = 1
+            SELECT 1 FROM perdure_mail AS mail INDEXED BY perdure_mail_unread
+            WHERE mail.run = run.key AND mail.unread = 1
         )
         OR run.status = 'scheduled' AND EXISTS (
-            SELECT 1 FROM perdure_mail AS mail WHERE mail.run = run.key AND mail.unread = 1 AND mail.kind = 'cancel'
+            SELECT 1 FROM perdure_mail AS mail INDEXED BY perdure_mail_unread
+            WHERE mail.run = run.key AND mail.unread = 1 AND mail.kind = 'cancel'
         )
     );
 
 -- name: readdress_mail
 -- Say in the unread mail of this list of runs who owns them now.
-UPDATE perdure_mail SET owner = (SELECT run.owner FROM perdure_runs AS run WHERE run.key = perdure_mail.run)
+UPDATE perdure_mail INDEXED BY perdure_mail_unread
+SET owner = (SELECT run.owner FROM perdure_runs AS run WHERE run.key = perdure_mail.run)
 WHERE unread = 1 AND run IN (SELECT value FROM json_each(?));
 
 -- name: judge_turns
@@ -149,7 +153,8 @@ FROM perdure_runs WHERE key IN (SELECT value FROM json_each(?));
 -- name: judge_mail
 -- The ids of unread messages of each run of this list.
 SELECT json_group_array(json_array(run, id))
-FROM perdure_mail WHERE unread = 1 AND run IN (SELECT value FROM json_each(?));
+FROM perdure_mail INDEXED BY perdure_mail_unread
+WHERE unread = 1 AND run IN (SELECT value FROM json_each(?));
 
 -- name: judge_start
 -- The run of an idempotency key that has not expired, then the newest run of a public id; the last column says which.
@@ -160,7 +165,8 @@ FROM (
     WHERE same.namespace = ? AND same.scope = ? AND same.key = ? AND (same.expires_at IS NULL OR same.expires_at > ?)
     UNION ALL
     SELECT * FROM (
-        SELECT same.key, 0 FROM perdure_runs AS same WHERE same.namespace = ? AND same.id = ?
+        SELECT same.key, 0 FROM perdure_runs AS same INDEXED BY perdure_runs_id
+        WHERE same.namespace = ? AND same.id = ?
         ORDER BY same.generation DESC LIMIT 1
     )
 ) AS found
@@ -169,7 +175,7 @@ CROSS JOIN perdure_runs AS run ON run.key = found.key;
 -- name: find_addresses
 -- The newest generations of public ids, given as [place, namespace, id]; the answer is [[place, key], …].
 SELECT json_group_array(json_array(json_extract(wanted.value, '$[0]'), (
-    SELECT run.key FROM perdure_runs AS run
+    SELECT run.key FROM perdure_runs AS run INDEXED BY perdure_runs_id
     WHERE run.namespace = json_extract(wanted.value, '$[1]') AND run.id = json_extract(wanted.value, '$[2]')
     ORDER BY run.generation DESC LIMIT 1
 )))
@@ -178,7 +184,7 @@ FROM json_each(?) AS wanted;
 -- name: find_children
 -- The newest children that steps have started, given as [place, parent, step]; the answer is [[place, key], …].
 SELECT json_group_array(json_array(json_extract(wanted.value, '$[0]'), (
-    SELECT max(run.key) FROM perdure_runs AS run
+    SELECT max(run.key) FROM perdure_runs AS run INDEXED BY perdure_runs_parent
     WHERE run.parent = json_extract(wanted.value, '$[1]') AND run.parent_step = json_extract(wanted.value, '$[2]')
 )))
 FROM json_each(?) AS wanted;
@@ -188,7 +194,9 @@ FROM json_each(?) AS wanted;
 SELECT json_group_array(json_array(
     run.key,
     CASE WHEN run.ended_at IS NOT NULL THEN run.status END,
-    (SELECT mail.position FROM perdure_mail AS mail WHERE mail.run = run.key AND mail.id = json_extract(sent.value, '$[1]')),
-    (SELECT count(*) FROM perdure_mail AS mail WHERE mail.run = run.key AND mail.unread = 1)
+    (SELECT mail.position FROM perdure_mail AS mail INDEXED BY perdure_mail_id
+     WHERE mail.run = run.key AND mail.id = json_extract(sent.value, '$[1]')),
+    (SELECT count(*) FROM perdure_mail AS mail INDEXED BY perdure_mail_unread
+     WHERE mail.run = run.key AND mail.unread = 1)
 ))
 FROM json_each(?) AS sent LEFT JOIN perdure_runs AS run ON run.key = json_extract(sent.value, '$[0]');

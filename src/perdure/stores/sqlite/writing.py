@@ -320,8 +320,6 @@ class Writing:
             )
             if turn.starts:
                 starts += turn.starts
-            if turn.sends:
-                self._letters += turn.sends
         if commit_turns.run(self.db, values) != len(turns):
             raise Short
         if consumed:
@@ -329,8 +327,13 @@ class Writing:
         if released:
             self._hand_over(released)
             self.news = True
-        if starts:
+        if starts and not self.judged:
             self._start_all(starts)
+        for turn in turns:
+            if self.judged and turn.starts:
+                self._start_all(turn.starts)  # may add to the letters, which come in this order
+            if turn.sends:
+                self._letters += turn.sends
 
     def _hand_over(self, runs: Sequence[Key]) -> None:
         """After runs changed their owner: their mail follows, and calls for one where nobody is."""
