@@ -108,6 +108,7 @@ class MemoryStore:
         self._children: defaultdict[Key, dict[str, Key]] = defaultdict(dict)  # parent -> step -> child
         self._idempotency: dict[tuple[str, str, str], tuple[Key, int | None]] = {}  # -> run, expiry
         self._workers: dict[str, _Worker] = {}
+        self._served: dict[tuple[str, str, str], Announced] = {}  # (namespace, kind, name) -> as announced last
 
         # Live runs by owner, None for those nobody owns; all of it can be computed from the rows.
         self._owned: defaultdict[str | None, set[Key]] = defaultdict(set)
@@ -145,7 +146,7 @@ class MemoryStore:
             return self._begin(start, now)
         if start.parent is not None:
             if start.awaited:
-                letters.append(child_refused(start.parent, start.id))
+                letters.append(child_refused(start))
             return Taken(id=found.row.id)
         if start.if_exists == "fail":
             return Taken(id=found.row.id)
@@ -340,6 +341,8 @@ class MemoryStore:
                     store=self.url,
                 )
             self._workers[announcement.incarnation] = _Worker(announcement, until=now + announcement.ttl)
+            for served in announcement.serves:
+                self._served[announcement.namespace, served.kind, served.name] = served
             workflows = {served.name for served in announcement.serves if served.kind == "workflow"}
             for run in self._unowned():
                 row = run.row
@@ -448,16 +451,17 @@ class MemoryStore:
     def announced(self, namespace: str) -> list[Announced]:
         with self._transaction():
             now = self.now()
-            newest: dict[tuple[str, str], Announced] = {}
-            live: set[tuple[str, str]] = set()
-            for worker in self._workers.values():
-                if worker.announcement.namespace != namespace:
-                    continue
-                for served in worker.announcement.serves:
-                    newest[served.kind, served.name] = served
-                    if _beats(worker, now):
-                        live.add((served.kind, served.name))
-            return [replace(served, live=place in live) for place, served in sorted(newest.items())]
+            live = {
+                (served.kind, served.name)
+                for worker in self._workers.values()
+                if worker.announcement.namespace == namespace and _beats(worker, now)
+                for served in worker.announcement.serves
+            }
+            return [
+                replace(served, live=(kind, name) in live)
+                for (where, kind, name), served in sorted(self._served.items())
+                if where == namespace
+            ]
 
     def worker(self, incarnation: str) -> str | None:
         with self._transaction():

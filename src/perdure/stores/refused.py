@@ -1,20 +1,27 @@
-"""What a parent is told when a child could not be started, because its id belongs to another run."""
+"""What a parent is told when a child or activity could not be started, because its id belongs to another run."""
 
 from __future__ import annotations
 
 import json
 
 from perdure.core.errors import RunExists
-from perdure.core.turn import ParentLink, Send
+from perdure.core.turn import Send, Start
 
 
-def child_refused(link: ParentLink, id: str) -> Send:
-    """The `child_ended` for the parent's mailbox: one per step, so that asking again adds nothing."""
-    error = {"type": "RunExists", "message": str(RunExists(id))}
-    data = {"step": link.step, "run": id, "status": "failed", "error": error}
+def child_refused(start: Start) -> Send:
+    """The message for the parent's mailbox, as if the child had failed; the same step is the same message.
+
+    start: one with a parent.
+    """
+    assert start.parent is not None
+    named = "activity" if start.kind == "activity" else "child"
+    step = start.parent.step
+    error = {"type": "RunExists", "message": str(RunExists(start.id))}
+    data = {"step": step, "run": start.id, "status": "failed", "error": error}
     return Send(
-        to=link.run,
-        id=f"perdure:child:{link.step}",
-        kind="child_ended",
+        to=start.parent.run,
+        id=f"perdure:{named}:{step}",
+        kind=f"{named}_ended",
+        name=step,
         data=json.dumps(data, ensure_ascii=False, separators=(",", ":")),
     )
