@@ -14,10 +14,11 @@ import threading
 import uuid
 import warnings
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import blake2b
 from typing import Any, Final, Generic, ParamSpec, Protocol, TypeVar
+
+import msgspec
 
 from perdure.core.codec import plan
 from perdure.core.errors import Cancelled, Evicted
@@ -36,8 +37,7 @@ T = TypeVar("T")
 RETURN_WHEN: Final = ("ALL_COMPLETED", "FIRST_COMPLETED", "FIRST_EXCEPTION")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ThisRun:
+class ThisRun(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """`ctx.run`: what a run knows of itself."""
 
     id: str
@@ -49,7 +49,12 @@ class ThisRun:
     max_attempts: int | None
     parent: str | None
     root: str
-    created_at: datetime
+    created_micros: int
+
+    @property
+    def created_at(self) -> datetime:
+        """When the run was started: aware, UTC."""
+        return moment(self.created_micros)
 
 
 MOST_REFUSALS: Final = 100
@@ -678,15 +683,22 @@ def _known_options(options: Mapping[str, Any]) -> None:
         )
 
 
+_run_log: Final = logging.getLogger("perdure.run")
+
+
 # --- ctx -----------------------------------------------------------------------------------------------
 
 
 class _ContextBase:
-    __slots__ = ("_facts", "log", "step")
+    __slots__ = ("_facts", "step")
 
     def __init__(self, facts: Facts) -> None:
         self._facts = facts
-        self.log = RunLog(logging.getLogger("perdure.run"), facts.line)
+
+    @property
+    def log(self) -> RunLog:
+        """A logger that is silent during replay and names the run."""
+        return RunLog(_run_log, self._facts.line)
 
     @property
     def run(self) -> ThisRun:

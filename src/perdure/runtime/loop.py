@@ -17,8 +17,7 @@ import threading
 from asyncio import events as asyncio_events
 from asyncio import tasks as asyncio_tasks
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine
 from typing import Any, Final, NoReturn
 
 from perdure.core.errors import NeverRests
@@ -101,9 +100,11 @@ class RunLoop(asyncio.AbstractEventLoop):
 
     # --- one function enters a run ---
 
-    @contextmanager
-    def enter(self) -> Iterator[None]:
-        """Make this loop the running one of this thread, whatever ran before; restore it at the end."""
+    def enter(self) -> tuple[Any, Any, Any]:
+        """Make this loop the running one of this thread, whatever ran before; `leave` restores it.
+
+        A pair of calls, not a context manager: it happens at every input.
+        """
         outer = _get_running_loop()
         task = asyncio_tasks.current_task(outer) if outer is not None else None
         if task is not None:
@@ -112,20 +113,23 @@ class RunLoop(asyncio.AbstractEventLoop):
         _set_running_loop(self)
         sys.set_asyncgen_hooks(firstiter=self._generator_began, finalizer=self._generator_dropped)
         self.inside = threading.get_ident()
-        try:
-            yield
-        finally:
-            self.inside = 0
-            sys.set_asyncgen_hooks(*hooks)
-            _set_running_loop(outer)
-            if task is not None:
-                _enter_task(outer, task)  # type: ignore[arg-type]
+        return outer, task, hooks
+
+    def leave(self, before: tuple[Any, Any, Any]) -> None:
+        """Restore what `enter` found."""
+        outer, task, hooks = before
+        self.inside = 0
+        sys.set_asyncgen_hooks(*hooks)
+        _set_running_loop(outer)
+        if task is not None:
+            _enter_task(outer, task)
 
     def run_to_rest(self, main: RunTask | None) -> None:
         """Run what is ready, and what that makes ready, until nothing is; stop the moment `main` is done."""
         ready = self.ready
         left = MOST_CALLBACKS
-        with self.enter():
+        before = self.enter()
+        try:
             while ready:
                 handle = ready.popleft()
                 if handle._cancelled:
@@ -135,35 +139,29 @@ class RunLoop(asyncio.AbstractEventLoop):
                 except (KeyboardInterrupt, SystemExit):
                     # The task has kept it as its outcome; a real interrupt of the process comes again.
                     pass
-                except BaseException as error:
-                    if not isinstance(error, Exception):
-                        raise
+                except Exception as error:
                     self.call_exception_handler({"message": "a callback failed", "exception": error})
                 if main is not None and main.done():
                     return
                 left -= 1
                 if left == 0:
                     raise NeverRests(f"{MOST_CALLBACKS} callbacks without rest")
+        finally:
+            self.leave(before)
 
     def close_all(self) -> list[Any]:
         """Close every coroutine, newest task first; what survives ten tries is returned."""
-        survivors: list[Any] = []
-        with self.enter():
-            for task in reversed(list(self.tasks)):
-                if task.done():
-                    continue
-                coroutine: Any = task.get_coro()
-                for _ in range(10):
-                    try:
-                        coroutine.close()
-                        break
-                    except BaseException:  # noqa: S112  # whatever dying code raises has no one left to tell
-                        continue
-                else:
-                    survivors.append(task)
-            self.ready.clear()
-        self.tasks.clear()
         self.closed = True
+        left = [task for task in self.tasks if not task.done()]
+        self.tasks.clear()
+        survivors: list[Any] = []
+        if left:
+            before = self.enter()
+            try:
+                survivors = [task for task in reversed(left) if not _closed(task)]
+            finally:
+                self.leave(before)
+        self.ready.clear()
         return survivors
 
     def _generator_began(self, generator: Any) -> None:
@@ -268,6 +266,18 @@ class RunLoop(asyncio.AbstractEventLoop):
 
     async def shutdown_asyncgens(self) -> None:
         """Nothing to do: generators are kept until the run ends."""
+
+
+def _closed(task: RunTask) -> bool:
+    """Close a task's coroutine, which may refuse; False if it survives ten tries."""
+    coroutine: Any = task.get_coro()
+    for _ in range(10):
+        try:
+            coroutine.close()
+            return True
+        except BaseException:  # noqa: S112  # whatever dying code raises has no one left to tell
+            continue
+    return False
 
 
 def _refusing(name: str) -> Callable[..., NoReturn]:

@@ -14,7 +14,6 @@ from perdure.core.errors import LimitExceeded, PayloadError
 from perdure.core.failure import RecordedError
 from perdure.core.retry import Retry
 from perdure.core.turn import Committed, Mail, Row, Turn
-from perdure.runtime.context import step_key
 from perdure.runtime.steps import ActivityPolicy, LocalCall
 from perdure.worker.executing import Execution, StepInfo
 from perdure.worker.remote_end import StartPolicy, policy_of, telling_parent
@@ -89,13 +88,7 @@ class ActivityRun:
             limits=self.shift.limits,
         )
         step = self.row.parent_step or self.row.id
-        info = StepInfo(
-            run_id=self.row.parent_id or self.row.id,
-            workflow=self.row.workflow,
-            id=step,
-            attempt=self.attempt,
-            key=step_key(self.row.seed, step),
-        )
+        info = StepInfo(self.row.parent_id or self.row.id, self.row.workflow, step, self.attempt, self.row.seed)
         self.execution = Execution(step, self.attempt, call, info, self._ended)
         self.shift.admit(self.execution, self._begin)
 

@@ -12,25 +12,32 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
+from perdure.runtime.context import step_key
 from perdure.runtime.drive_sync import BodyThreads
 from perdure.runtime.steps import LocalCall
 
 log = logging.getLogger("perdure.worker")
 
 
-@dataclass(slots=True, kw_only=True)
 class StepInfo:
     """`current_step()`: what a step's function may know of itself."""
 
-    run_id: str
-    workflow: str
-    id: str
-    attempt: int
-    key: str
-    cancelled: bool = False
+    __slots__ = ("_seed", "attempt", "cancelled", "id", "run_id", "workflow")
+
+    def __init__(self, run_id: str, workflow: str, id: str, attempt: int, seed: str) -> None:
+        self.run_id = run_id
+        self.workflow = workflow
+        self.id = id
+        self.attempt = attempt
+        self.cancelled = False
+        self._seed = seed
+
+    @property
+    def key(self) -> str:
+        """The step's idempotency key: the same on every execution, different for every step and run."""
+        return step_key(self._seed, self.id)
 
     @property
     def log(self) -> logging.LoggerAdapter[logging.Logger]:

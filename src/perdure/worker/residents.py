@@ -54,6 +54,7 @@ FIRST_BACK_OFF: Final = 1_000_000
 LAST_BACK_OFF: Final = 300_000_000
 LONG_STEP: Final = 1.0
 """Seconds after which a running step is put into `waits`, so that `why` can name it."""
+NO_POLICY: Final = StartPolicy()
 RUNNING: Final = "running"
 WAITING: Final = "waiting"
 
@@ -148,7 +149,21 @@ class Resident:
         "written_waits",
     )
 
-    def __init__(self, shift: Shift, this: ThisRun, *, key: int, epoch: int, version: int, last: str, seed: str) -> None:
+    def __init__(
+        self,
+        shift: Shift,
+        this: ThisRun,
+        *,
+        key: int,
+        epoch: int,
+        version: int,
+        last: str,
+        seed: str,
+        input: str,
+        parent: int | None = None,
+        parent_step: str | None = None,
+        policy: StartPolicy = NO_POLICY,
+    ) -> None:
         self.shift = shift
         self.this = this
         self.key = key
@@ -156,10 +171,10 @@ class Resident:
         self.version = version
         self.last = last
         self.seed = seed
-        self.input = ""
-        self.parent: int | None = None
-        self.parent_step: str | None = None
-        self.policy: StartPolicy = StartPolicy()
+        self.input = input
+        self.parent = parent
+        self.parent_step = parent_step
+        self.policy = policy
         self.seq = 1
         self.status = RUNNING
         self.wake_at: int | None = None
@@ -194,19 +209,15 @@ class Resident:
             version=row.version,
             last=row.turn,
             seed=row.seed,
+            input=row.input,
+            parent=row.parent,
+            parent_step=row.parent_step,
+            policy=policy_of(row.policy),
         )
-        resident.set_facts(row.input, row.parent, row.parent_step, policy_of(row.policy))
         resident.wake_at = row.wake_at
         resident.written_waits = row.waits
         resident.blocked_tries = blocked_tries(row.waits)
         return resident
-
-    def set_facts(self, input: str, parent: int | None, parent_step: str | None, policy: StartPolicy) -> None:
-        self.input = input
-        self.parent = parent
-        self.parent_step = parent_step
-        self.policy = policy
-        self.play = self._new_play()
 
     def _new_play(self) -> Play:
         return Play(
@@ -691,13 +702,7 @@ class Resident:
         if there is not None and there.attempt == attempt:
             return  # It survived a rebuild of this run.
         call: LocalCall = op.spec
-        info = StepInfo(
-            run_id=self.this.id,
-            workflow=self.this.workflow,
-            id=step,
-            attempt=attempt,
-            key=step_key(self.seed, step),
-        )
+        info = StepInfo(self.this.id, self.this.workflow, step, attempt, self.seed)
         execution = Execution(step, attempt, call, info, self._step_ended)
         self.executions[step] = execution
         self.shift.execute(self, op, execution)

@@ -23,7 +23,7 @@ from perdure.core import events as ev
 from perdure.core.errors import StoreError
 from perdure.core.limits import Limits
 from perdure.core.match import Op
-from perdure.core.retry import micros, moment
+from perdure.core.retry import micros
 from perdure.core.turn import (
     Announced,
     Announcement,
@@ -269,10 +269,11 @@ class Shift:
             max_attempts=1,
             parent=None,
             root=id,
-            created_at=moment(at),
+            created_micros=at,
         )
-        resident = Resident(self, this, key=key, epoch=1, version=version, last="", seed=start.seed)
-        resident.set_facts(start.input, None, None, StartPolicy())
+        resident = Resident(
+            self, this, key=key, epoch=1, version=version, last="", seed=start.seed, input=start.input
+        )
         self.residents[key] = resident
         resident.begin([stored.decode(start.event)], ())
 
@@ -320,7 +321,7 @@ class Shift:
             max_attempts=1,
             parent=row.parent_id,
             root=row.id.split("/")[0] if row.parent_id is not None else row.id,
-            created_at=moment(row.created_at),
+            created_micros=row.created_at,
         )
 
     def start_facts(
