@@ -308,6 +308,30 @@ def test_json_from_elsewhere_is_read_as_one_value_or_refused(document: Any) -> N
     assert same(back(value), value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"$set":[1,1]}', '{"$frozenset":[1,1.0]}', '{"$map":[[1,2],[1,3]]}', '{"$map":[[1]]}', '{"$map":[[[],1]]}',
+        '{"$set":[[1]]}', '{"$tuple":{}}', '{"$bytes":"!"}', '{"$bytes":1}', '{"$datetime":5}',
+        '{"$date":"2030-02-30"}',
+        '{"$datetime":"2030-01-01T00:00:00Z[fold=1]"}', '{"$uuid":"x"}', '{"$decimal":1.5}', '{"$decimal":"x"}',
+        '{"$timedelta":"1 day"}', '{"$escape":{"a":1}}', '{"$escape":{"a":1,"b":2}}', '{"$escape":[1]}', "nan", "",
+    ],
+)  # fmt: skip
+def test_a_broken_tag_is_refused(text: str) -> None:
+    with pytest.raises(PayloadError):
+        decode(text, what="it")
+
+
+def test_a_tag_written_with_escapes_is_a_tag() -> None:
+    for text in ('{"\\u0024tuple":[1]}', b'[{"\\u0024tuple":[1]}]'):
+        assert decode(text, what="it") in ((1,), [(1,)])
+
+
+def test_an_unknown_tag_is_a_plain_object() -> None:
+    assert decode('{"$oid":"5"}', what="it") == {"$oid": "5"}
+
+
 @given(st.binary(max_size=60))
 def test_garbage_is_refused_or_is_json(data: bytes) -> None:
     try:
@@ -472,6 +496,10 @@ def nested(levels: int) -> Any:
 def test_depth_is_limited_exactly(beside: Any) -> None:
     assert back([nested(99), beside]) == [nested(99), beside]
     assert "101 levels" in refusal([nested(100), beside])
+
+
+def test_brackets_inside_strings_are_no_levels() -> None:
+    assert back([nested(90), '\\"[' * 200])
 
 
 @pytest.mark.parametrize("levels", [500, 100_000])

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from perdure.core import errors
+from perdure.core.codec import wrap
 from perdure.core.errors import (
     CallFailed,
     ChildFailed,
@@ -372,6 +373,24 @@ def test_the_traceback_shows_the_users_lines() -> None:
     seen = failed(ValueError("x"))
     assert "test_errors.py" in seen.traceback
     assert seen.traceback.rstrip().endswith("ValueError: x")
+
+
+def test_our_own_frames_above_the_users_are_left_out() -> None:
+    class Broken:
+        name = "broken"
+
+        def encode(self, data: bytes, /) -> bytes:
+            raise ValueError("x")
+
+        def decode(self, data: bytes, /) -> bytes:
+            return data
+
+    with pytest.raises(ValueError) as caught:
+        wrap(b"1", [Broken()])
+    error = caught.value
+    assert "codec.py" in record(error).traceback
+    assert error.__traceback__ is not None
+    assert "codec.py" not in record(error.with_traceback(error.__traceback__.tb_next)).traceback
 
 
 def test_whatever_an_error_holds_its_record_is_small_text() -> None:

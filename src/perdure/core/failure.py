@@ -306,7 +306,7 @@ def _as_both(plain: StepFailed, original: type[Exception], recorded: RecordedErr
             original.__init__(error, *args)
         error.args = args
         for name, value in vars(plain).items():
-            if name not in attributes and not (name in _OWN and hasattr(original, name)):
+            if not (name in _OWN and hasattr(original, name)):
                 error.__dict__[name] = value
         for name, value in attributes.items():
             _give(error, name, value)
