@@ -68,7 +68,7 @@ def check_path(path: str, url: str, *, create: bool) -> None:
         ) from error
     if not stat.S_ISREG(mode):
         raise NotAStore(f"The store {url} is no file. A store is one ordinary file. Mend the path.", store=url)
-    if create and not (os.access(path, os.W_OK) and os.access(folder, os.W_OK)):
+    if create and not (_may_write(path) and _may_write(folder)):
         raise _read_only(url)
 
 
@@ -98,6 +98,10 @@ def connect(path: str, *, busy_timeout: float, durability: str, writes: bool) ->
         db.close()
         raise
     return db
+
+
+def _may_write(path: str) -> bool:
+    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _read_only(url: str) -> StoreReadOnly:

@@ -107,7 +107,7 @@ class SQLiteStore:
         self._worked = 0.0  # when we last saw a write
         self._emptied = True  # the write-ahead log, since then
         self._woken = 0
-        self._heard: dict[str, tuple[int, int, int, int]] = {}
+        self._heard: dict[str, _Heard] = {}
         self._position: dict[str, int] = {}
 
         connections.check_path(self._path, self.url, create=create)
@@ -346,32 +346,31 @@ class SQLiteStore:
         until = time.monotonic() + timeout
         bell = self._place.bell
         scope = self._scope(incarnation, queues)
-        rung, woken, foreign, at = self._heard.get(incarnation, (0, 0, -1, 0))
+        heard_before = self._heard.get(incarnation, _Heard())
         self._look()
         due, timer = self._due(*scope) if scope is not None else (None, None)
-        heard = due is not None and due > at  # a timer that came since the last wait
-        while not heard:
-            if bell.count != rung or self._woken != woken or self._closed:
-                heard = True
-            elif self._foreign != foreign:
-                foreign = self._foreign
+        looked = heard_before.foreign
+        while True:
+            now = _Heard(rung=bell.count, woken=self._woken, foreign=self._foreign, at=self._clock())
+            heard = (now.rung, now.woken) != (heard_before.rung, heard_before.woken)
+            if not heard and now.foreign != looked:
+                looked = now.foreign
                 due, timer = self._due(*scope) if scope is not None else (0, None)
                 heard = due is not None or self._has_new_mail(incarnation)
-            elif timer is not None and timer <= self._clock():
-                heard = True
+            # A timer that came since the last wait, or now.
+            heard = heard or (due is not None and due > heard_before.at) or (timer is not None and timer <= now.at)
             left = until - time.monotonic()
-            if heard or left <= 0:
-                break
+            if heard or left <= 0 or self._closed:
+                self._heard[incarnation] = now
+                return heard and not self._closed
             self._empty_log()
             pause = QUICK if time.monotonic() - self._worked < 1.0 else SLOW
             if timer is not None:
-                pause = min(pause, max(timer - self._clock(), 0) / 1_000_000)
+                pause = min(pause, (timer - now.at) / 1_000_000)
             with bell.changed:
-                if bell.count == rung and self._woken == woken and not self._closed:
+                if (bell.count, self._woken) == (now.rung, now.woken):
                     bell.changed.wait(min(left, pause))
             self._look()
-        self._heard[incarnation] = (bell.count, self._woken, foreign, self._clock())
-        return heard and not self._closed
 
     def wake(self) -> None:
         with self._place.bell.changed:
@@ -614,6 +613,15 @@ class SQLiteStore:
             else:
                 found = db.execute(SQL["page"], (workflows, statuses, query.namespace, *bounds, query.limit))
             return _rows(found.fetchone()[0])
+
+
+class _Heard(NamedTuple):
+    """What an incarnation knows since its last wait: both counts of this process, looks at others, the time."""
+
+    rung: int = 0
+    woken: int = 0
+    foreign: int = -1
+    at: int = 0
 
 
 class _Worker(NamedTuple):

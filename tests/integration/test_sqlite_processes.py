@@ -1,0 +1,237 @@
+"""Several processes on one SQLite file: who died is known at once, who came first writes first."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from perdure.core.turn import Batch, Fenced, Reaped
+from perdure.stores.sqlite import SQLiteStore
+from perdure.testing.conformance import Clock
+from tests.integration.sqlite_story import (
+    announced,
+    another_process,
+    claiming,
+    closed,
+    first_turn,
+    line_of,
+    start,
+    started,
+    taking,
+)
+
+WORKER = """
+store = SQLiteStore(sys.argv[1], hints=len(sys.argv) < 3)
+announced(store, "other")
+heads = claiming(store, "other")
+print(len(heads), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "runs.db"
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[SQLiteStore]:
+    store = SQLiteStore(path)
+    announced(store)
+    yield store
+    store.close()
+
+
+def test_the_runs_of_a_killed_process_are_handed_back_at_once(store: SQLiteStore, path: Path) -> None:
+    started(store, "a")
+    other = another_process(WORKER, path)
+    assert line_of(other) == "1"
+    assert store.reap() == Reaped()
+    assert store.worker("other") == "other"
+    closed(other)
+    assert store.worker("other") is None
+    assert store.reap() == Reaped(workers=1, runs=1)
+    [head] = claiming(store)
+    assert (head.row.epoch, head.row.strikes) == (2 + 1, 1)
+    assert taking(store, head.row.key, owner="other", epoch=1) == Fenced(run=head.row.key)
+
+
+def test_a_stopped_process_keeps_its_runs_until_its_lease_has_run_out(path: Path) -> None:
+    clock = Clock(10**15)
+    store = SQLiteStore(path, clock=clock)
+    started(store, "a")
+    other = another_process(WORKER, path)
+    assert line_of(other) == "1"
+    other.send_signal(signal.SIGSTOP)
+    assert store.reap() == Reaped()
+    clock.advance(days=100_000)
+    assert store.reap() == Reaped(workers=1, runs=1)
+    closed(other)
+    store.close()
+
+
+def test_without_hints_only_the_lease_tells(path: Path) -> None:
+    store = SQLiteStore(path, hints=False)
+    started(store, "a")
+    other = another_process(WORKER, path)
+    assert line_of(other) == "1"
+    closed(other)
+    assert store.reap() == Reaped()
+    store.close()
+
+
+def test_a_worker_that_gives_no_hint_is_not_taken_for_dead(store: SQLiteStore, path: Path) -> None:
+    started(store, "a")
+    other = another_process(WORKER, path, "no hints")
+    assert line_of(other) == "1"
+    assert store.reap() == Reaped()
+    closed(other)
+    assert store.reap() == Reaped()  # nothing tells, but the lease
+
+
+def test_closing_one_store_does_not_kill_the_incarnations_of_another(store: SQLiteStore, path: Path) -> None:
+    second = SQLiteStore(path)
+    announced(second, "second")
+    second.retire("second")
+    second.close()
+    other = another_process("print(SQLiteStore(sys.argv[1]).reap().workers)", path)
+    assert line_of(other) == "0"
+    closed(other)
+
+
+def test_a_child_of_a_killed_process_does_not_keep_it_alive(store: SQLiteStore, path: Path) -> None:
+    code = """
+store = SQLiteStore(sys.argv[1])
+announced(store, "other")
+pid = os.fork()
+if pid == 0:
+    store.run("default", "a")
+    sys.stdin.read()
+    os._exit(0)
+print(pid, flush=True)
+sys.stdin.read()
+"""
+    other = another_process(code, path)
+    child = int(line_of(other))
+    assert store.reap() == Reaped()
+    other.kill()
+    other.wait()
+    assert store.reap().workers == 1
+    os.kill(child, signal.SIGKILL)
+    closed(other)
+
+
+def test_the_file_of_beats_may_be_removed_without_anybody_owning_a_run_twice(store: SQLiteStore, path: Path) -> None:
+    run = started(store, "a", owner="w")
+    Path(f"{path}-workers").unlink()
+    other = another_process(
+        "store = SQLiteStore(sys.argv[1]); announced(store, 'other'); print(store.reap().runs, flush=True)"
+        "; print(len(claiming(store, 'other')), flush=True); sys.stdin.read()",
+        path,
+    )
+    assert [line_of(other), line_of(other)] == ["1", "1"]
+    assert taking(store, run) == Fenced(run=run)
+    assert store.heartbeat("w") is None
+    announced(store, "new life")
+    closed(other)
+    assert store.reap().workers == 1
+    assert store.heartbeat("new life") is not None
+
+
+def test_many_processes_make_the_same_store_at_once(path: Path) -> None:
+    code = "store = SQLiteStore(sys.argv[1]); started(store, sys.argv[2]); print('done', flush=True); store.close()"
+    others = [another_process(code, path, n) for n in range(6)]
+    assert [line_of(other) for other in others] == ["done"] * 6
+    for other in others:
+        closed(other)
+    store = SQLiteStore(path)
+    assert store.counts("default") == {"ready": 6}
+    store.close()
+
+
+def test_at_full_load_every_process_gets_its_turn(path: Path) -> None:
+    """The slowest commits at least a third as much as the fastest, and no commit waits over a second."""
+    code = """
+store = SQLiteStore(sys.argv[1])
+print("here", flush=True)
+sys.stdin.readline()
+until = time.monotonic() + 1.5
+done, worst = 0, 0.0
+while (before := time.monotonic()) < until:
+    started(store, f"{sys.argv[2]} {done}")
+    done += 1
+    worst = max(worst, time.monotonic() - before)
+print(done, worst, flush=True)
+store.close()
+"""
+    SQLiteStore(path).close()
+    others = [another_process(code, path, n) for n in range(4)]
+    assert [line_of(other) for other in others] == ["here"] * 4
+    for other in others:
+        assert other.stdin is not None
+        other.stdin.write("\n")
+        other.stdin.flush()
+    told = [line_of(other).split() for other in others]
+    for other in others:
+        closed(other)
+    counts = [int(done) for done, _ in told]
+    print(counts, [worst for _, worst in told])
+    assert min(counts) * 3 >= max(counts)
+    assert max(float(worst) for _, worst in told) < 1
+    db = sqlite3.connect(path)
+    assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    db.close()
+
+
+def test_a_process_killed_while_it_writes_leaves_whole_batches(store: SQLiteStore, path: Path) -> None:
+    code = """
+store = SQLiteStore(sys.argv[1])
+n = 0
+while True:
+    verdicts = store.write(Batch(starts=[start(f"{n} {m}", owner="w") for m in range(10)]))
+    store.write(Batch(turns=[first_turn(one.run) for one in verdicts]))
+    n += 1
+    print(n, flush=True)
+"""
+    for _ in range(3):
+        other = another_process(code, path)
+        while line_of(other) != "20":
+            pass
+        closed(other)
+        with_a_turn = store.counts("default")["running"]
+        assert with_a_turn % 10 == 0
+        db = sqlite3.connect(path)
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        gaps = (
+            "SELECT count(*) FROM perdure_runs"
+            " WHERE history_events <> (SELECT count(*) FROM perdure_history WHERE run = key)"
+        )
+        assert db.execute(gaps).fetchone() == (0,)
+        db.close()
+        db = sqlite3.connect(path)
+        db.execute("DELETE FROM perdure_runs")
+        db.execute("DELETE FROM perdure_history")
+        db.commit()
+        db.close()
+
+
+def test_keys_are_never_used_again(store: SQLiteStore, path: Path) -> None:
+    keys = [started(store, id) for id in "abc"]
+    db = sqlite3.connect(path)
+    db.execute("DELETE FROM perdure_runs")
+    db.execute("DELETE FROM perdure_history")
+    db.commit()
+    db.close()
+    assert started(store, "d") > max(keys)
+    assert store.write(Batch(turns=[first_turn(keys[-1])])) == [Fenced(run=keys[-1])]
+    assert store.write(Batch(starts=[start("e")]))
