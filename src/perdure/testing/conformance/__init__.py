@@ -3,13 +3,14 @@
     class TestMyStore(StoreConformance):
         @pytest.fixture
         def store(self, clock: Clock, tmp_path: Path) -> Iterator[Store]:
-            store = MyStore(tmp_path / "runs", clock=clock)
+            self.open = lambda: MyStore(tmp_path / "runs", clock=clock)
+            store = self.open()
             yield store
             store.close()
 
-        def reopen(self, store: Store) -> Store:    # only for a store that outlives its process
+        def reopen(self, store: Store) -> Store:  # only for a store that outlives its process
             store.close()
-            return MyStore(..., clock=clock_of(store))
+            return self.open()
 
 Each test's name is a promise of `perdure.stores.contract`; its story is told with the helpers of `story.py`.
 The clock is the test's own and stands still unless told: no test sleeps.

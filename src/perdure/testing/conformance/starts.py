@@ -295,6 +295,13 @@ class StartPromises:
         assert row_of(store, "parent/notify") == before
         assert unread(store, parent.run) == []
 
+    def test_a_child_is_its_parents_own_by_step_too(self, store: Store) -> None:
+        parent = held(store, "parent")
+        parent.commits(starts=[child(parent, "notify", seed="of a run that was moved")])
+        parent.commits(starts=[child(parent, "notify")])
+        assert row_of(store, "parent/notify").seed == "of a run that was moved"
+        assert unread(store, parent.run) == []
+
     def test_a_parent_is_told_that_its_childs_id_is_taken(self, store: Store, clock: Clock) -> None:
         stranger = started(store, "wanted")
         before = everything(store, stranger)

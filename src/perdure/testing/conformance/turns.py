@@ -85,9 +85,10 @@ class TurnPromises:
 
     def test_result_and_error_are_overwritten_by_each_turn(self, store: Store) -> None:
         holder = held(store)
-        after = holder.commits(status="blocked", error='{"report":1}', wake_at=1, release=True)
-        assert after.error == '{"report":1}'
-        assert claimed(store).commits(status="running").error is None
+        after = holder.commits(status="blocked", result="1", error='{"report":1}', wake_at=1, release=True)
+        assert (after.result, after.error) == ("1", '{"report":1}')
+        after = claimed(store).commits(status="running")
+        assert (after.result, after.error) == (None, None)
 
     def test_a_turn_may_count_attempts(self, store: Store) -> None:
         holder = held(store)

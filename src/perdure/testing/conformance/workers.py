@@ -252,8 +252,11 @@ class WorkerPromises:
         assert {name: served.live for name, served in by_name(store).items()} == {"orders": True, "returns": False}
 
     def test_announcements_belong_to_their_namespace(self, store: Store) -> None:
-        serve(store)
+        serve(store, "here")
         assert store.announced("elsewhere") == []
+        serve(store, "there", namespace="elsewhere")
+        store.retire("here")
+        assert by_name(store)["orders"].live is False
 
     # --- being told
 
