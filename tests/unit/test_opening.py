@@ -102,6 +102,11 @@ def test_a_parameter_that_cannot_be_read_is_named(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+def test_a_parameter_that_the_store_refuses_is_told_why(folder: Path) -> None:
+    assert "durability='none'" in refusal("sqlite:///orders.db?durability=none")
+    assert list(folder.iterdir()) == []
+
+
 # --- refused by name
 
 

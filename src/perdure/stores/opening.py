@@ -82,7 +82,11 @@ def _sqlite(url: str, path: str, given: Mapping[str, str]) -> Store:
         )
     from perdure.stores.sqlite.store import SQLiteStore
 
-    return SQLiteStore(file, **_settings(url, SQLiteStore, given))
+    settings = _settings(url, SQLiteStore, given)
+    try:
+        return SQLiteStore(file, **settings)
+    except ValueError as error:
+        raise NotAStore(f"{quoted(url)} cannot be opened: {error}. Mend that parameter or leave it out.") from error
 
 
 def _settings(url: str, store: type, given: Mapping[str, str]) -> dict[str, Any]:
