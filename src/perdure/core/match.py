@@ -170,7 +170,7 @@ class Line:
         self.status = ""  # of the end, once there is one
         self.skipped: list[tuple[str, str]] = []  # (message id, why) of signals that did not fit
         self.digests_differ: list[tuple[str, str]] = []
-        self._timers: list[tuple[int, int, Timer]] = []
+        self.timers: list[tuple[int, int, Timer]] = []
         self._timer_count = 0
         self._ordinal = 0
         self._ends = 0
@@ -190,7 +190,7 @@ class Line:
 
     def fire(self) -> bool:
         """Fire the earliest timer that is due, if any: the driver then lets the code rest before the next."""
-        timers = self._timers
+        timers = self.timers
         while timers and timers[0][0] <= self.now:
             _, _, timer = heapq.heappop(timers)
             if not timer.cancelled():
@@ -285,13 +285,13 @@ class Line:
     def add_timer(self, due: int, timer: Timer) -> None:
         """Wake the code at a time; equal times fire in the order in which they were set."""
         self._timer_count += 1
-        heapq.heappush(self._timers, (due, self._timer_count, timer))
+        heapq.heappush(self.timers, (due, self._timer_count, timer))
 
     # --- what is known --------------------------------------------------------------------------------
 
     def next_timer(self) -> int | None:
         """When the earliest timer comes due."""
-        timers = self._timers
+        timers = self.timers
         while timers and timers[0][2].cancelled():
             heapq.heappop(timers)
         return timers[0][0] if timers else None

@@ -262,19 +262,16 @@ class _StepFuture(RunFuture):
         loop.line.cancel(self.op)
         return super().cancel(msg)
 
-
-def _settle(future: RunFuture) -> Callable[[Op], None]:
-    def settle(op: Op) -> None:
-        if future.done():
+    def settle(self, op: Op) -> None:
+        """The step has ended: so does the wait for it."""
+        if self.done():
             return
         if op.error is not None:
-            future.set_exception(op.error)
+            self.set_exception(op.error)
         elif op.state == CANCELLED:
-            RunFuture.cancel(future)
+            RunFuture.cancel(self)
         else:
-            future.set_result(op.value)
-
-    return settle
+            self.set_result(op.value)
 
 
 class Operation(Coroutine[Any, Any, T]):
@@ -312,9 +309,9 @@ class Operation(Coroutine[Any, Any, T]):
         future.op = op
         loop.line.begin(op)
         if op.state >= DONE:
-            _settle(future)(op)
+            future.settle(op)
         else:
-            op.waiters.append(_settle(future))
+            op.waiters.append(future.settle)
         return future.__await__()
 
     def send(self, value: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from msgspec import UNSET
 
 from perdure.core import failure
@@ -33,8 +34,7 @@ class End:
     error: RecordedError | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True):
     """What the code asked for behind one input.
 
     commands: to be recorded behind it. begun: local steps whose functions may begin once that is done.
@@ -47,7 +47,7 @@ class Asked:
     starts: Sequence[Op]
 
 
-NOTHING = Asked(commands=(), begun=(), dropped=(), starts=())
+NOTHING = Asked((), (), (), ())
 
 
 class Play:
@@ -127,7 +127,7 @@ class Play:
         line = self.line
         if not (line.commands or line.begun or line.dropped or line.starts):
             return NOTHING
-        asked = Asked(commands=line.commands, begun=line.begun, dropped=line.dropped, starts=line.starts)
+        asked = Asked(line.commands, line.begun, line.dropped, line.starts)
         if self._kept is not None:
             self._kept.extend(line.commands)
         line.commands, line.begun, line.dropped, line.starts = [], [], [], []
@@ -153,7 +153,7 @@ class Play:
             self._start(event)
             driver = self.driver
         else:
-            while line.fire():
+            while line.timers and line.fire():
                 self._run()
                 if self._stopped():
                     return

@@ -13,7 +13,6 @@ import json
 import logging
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,12 +31,13 @@ from perdure.core.turn import (
     MoreMail,
     ParentLink,
     Row,
+    Send,
     Start,
     Turn,
     Unstorable,
 )
 from perdure.runtime.context import ThisRun, step_key
-from perdure.runtime.play import Asked, Play
+from perdure.runtime.play import NOTHING, Asked, Play
 from perdure.runtime.steps import LocalCall, RemoteCall
 from perdure.worker.executing import Execution, StepInfo
 from perdure.worker.remote_end import StartPolicy, cancelling, input_of, policy_of, telling_parent
@@ -59,18 +59,29 @@ RUNNING: Final = "running"
 WAITING: Final = "waiting"
 
 
-@dataclass(slots=True)
 class Gathered:
     """What has come since the last commit: the inputs, what they caused, and what to do once it is recorded."""
 
-    inputs: list[tuple[ev.Input, Any]] = field(default_factory=list)
-    events: list[ev.Event] = field(default_factory=list)
-    consumed: list[str] = field(default_factory=list)
-    begun: list[tuple[str, int]] = field(default_factory=list)
-    given_up: list[str] = field(default_factory=list)
-    starts: list[Start] = field(default_factory=list)
-    sends: list[Any] = field(default_factory=list)
-    progress: bool = False
+    # Most turns have only the first three: the rest of the lists are made when something goes in.
+    __slots__ = ("begun", "consumed", "events", "given_up", "inputs", "progress", "sends", "starts")
+
+    def __init__(self) -> None:
+        self.inputs: list[tuple[ev.Input, Any]] = []
+        self.events: list[ev.Event] = []
+        self.begun: list[tuple[str, int]] = []
+        self.consumed: list[str] | tuple[()] = ()
+        self.given_up: list[str] | tuple[()] = ()
+        self.starts: list[Start] | tuple[()] = ()
+        self.sends: list[Send] | tuple[()] = ()
+        self.progress = False
+
+    def add(self, what: str, item: Any) -> None:
+        """Put something into a list that is made with its first item."""
+        there = getattr(self, what)
+        if there:
+            there.append(item)
+        else:
+            setattr(self, what, [item])
 
 
 class Outcome:
@@ -324,7 +335,9 @@ class Resident:
                     self.open.begun.append((step, op.attempt))
 
     def _now(self) -> int:
-        return max(self.shift.now(), self.play.line.now)
+        now = self.shift.now()
+        before = self.play.line.now
+        return now if now > before else before
 
     def pump(self) -> None:
         """Deliver what is in the inbox, one by one, each timer that is due before it; then close the turn."""
@@ -332,24 +345,20 @@ class Resident:
             return
         self.pumping = True
         play = self.play
-        line = play.line
+        inbox = self.inbox
         try:
             while not play.over:
-                if not self.inbox:
-                    if line.due(self._now()):
-                        self._deliver(ev.Time(at=self._now()), UNSET)
-                        line = play.line
-                        continue
-                    break
-                item = self.inbox[0]
-                now = max(item.event.at, line.now) if isinstance(item, Again) else self._now()
-                if line.due(now):
+                item = inbox[0] if inbox else None
+                now = self._now()
+                if isinstance(item, Again):
+                    now = max(item.event.at, play.line.now)
+                if play.line.timers and play.line.due(now):
                     self._deliver(ev.Time(at=now), UNSET)
-                    line = play.line
-                    continue
-                self.inbox.popleft()
-                self._take_in(item, now)
-                line = play.line
+                elif item is None:
+                    break
+                else:
+                    inbox.popleft()
+                    self._take_in(item, now)
         finally:
             self.pumping = False
         self.settle()
@@ -388,7 +397,11 @@ class Resident:
             return
         assert item.error is not None
         call: LocalCall = op.spec
-        error = item.error if isinstance(item.error, RecordedError) else failure.record(item.error)
+        if isinstance(item.error, RecordedError):
+            error = item.error
+        else:
+            refused = item.final and isinstance(item.error, (PayloadError, LimitExceeded))
+            error = failure.record(item.error, kind="payload" if refused else "failed")
         delay: timedelta | None = None
         if not item.final:
             if isinstance(item.error, BaseException):
@@ -421,15 +434,19 @@ class Resident:
         gathered = self.open
         gathered.inputs.append((event, value))
         gathered.events.append(event)
-        message = getattr(event, "message", None)
-        if message is not None:
-            gathered.consumed.append(message)
-        elif isinstance(event, (ev.StepCompleted, ev.StepFailed)):
+        kind = type(event)
+        if kind is ev.StepCompleted or kind is ev.StepFailed:
             gathered.progress = True
-            self.deadlines.pop(event.step, None)
+            if self.deadlines:
+                self.deadlines.pop(event.step, None)  # type: ignore[union-attr]
+        elif hasattr(event, "message"):
+            gathered.add("consumed", event.message)
+        play = self.play
         with self.shift.watching(self):
-            self.play.deliver(event, value)
-        self._gather(self.play.take())
+            play.deliver(event, value)
+        asked = play.take()
+        if asked is not NOTHING:
+            self._gather(asked)
         limit = self.shift.limits
         size = self.seq + len(gathered.events) + (len(self.flight[0].events) if self.flight else 0)
         if size > limit.history_warn:
@@ -467,14 +484,14 @@ class Resident:
             else:
                 gathered.begun.append((op.id, op.attempt))
         for op in asked.starts:
-            gathered.starts.append(self._start_of(op))
+            gathered.add("starts", self._start_of(op))
         for op in asked.dropped:
             if op.kind == "run":
-                gathered.given_up.append(op.id)
+                gathered.add("given_up", op.id)
                 self.retrying.pop(op.id, None)
                 self.deadlines.pop(op.id, None)
             elif op.kind in ("child", "activity"):
-                gathered.sends.append(cancelling(self.key, op.id, line.cancel_reason or "its parent gave it up"))
+                gathered.add("sends", cancelling(self.key, op.id, line.cancel_reason or "its parent gave it up"))
         for message, why in line.skipped:
             log.warning("run %s: the signal %s does not fit and was skipped: %s", self.this.id, message, why)
         line.skipped.clear()
@@ -531,7 +548,8 @@ class Resident:
         self._set_timer(wake_at)
 
     def _next_wake(self) -> int | None:
-        wake = self.play.line.next_timer()
+        line = self.play.line
+        wake = line.next_timer() if line.timers else None
         for times in (self.retrying, self.deadlines):
             if times:
                 first = min(times.values())
@@ -553,7 +571,7 @@ class Resident:
             last=self.last,
             id=shift.turn_id(),
             first_seq=self.seq,
-            events=[stored.encode(event) for event in gathered.events],
+            events=list(map(stored.encode, gathered.events)),
             consumed=gathered.consumed,
             starts=gathered.starts,
             sends=gathered.sends,
@@ -573,10 +591,11 @@ class Resident:
         line = self.play.line
         reason = line.cancel_reason or "its parent has ended"
         for step in line.emitted:
-            gathered.sends.append(cancelling(self.key, step, reason))
+            gathered.add("sends", cancelling(self.key, step, reason))
         if self.parent is not None and self.policy.awaited:
             assert self.parent_step is not None
-            gathered.sends.append(
+            gathered.add(
+                "sends",
                 telling_parent(
                     kind="workflow",
                     parent=self.parent,
@@ -585,7 +604,7 @@ class Resident:
                     status=end.status,
                     result=end.result,
                     error=end.error,
-                )
+                ),
             )
         forced = self.more_mail >= FORCED_AFTER
         if forced:
@@ -671,7 +690,8 @@ class Resident:
         self.status = turn.status
         self.wake_at = turn.wake_at
         self.written_waits = turn.waits
-        self.shift.noted(self)
+        if turn.status != RUNNING or self.key in self.shift.parked:
+            self.shift.noted(self)
         if turn.closing:
             self.shift.ended(self, turn)
         elif turn.release:
