@@ -95,6 +95,7 @@ class _Serves(Core):
             self._watchdog.stop()
         if shift is not None:
             shift.close()
+            await shift.executor.leave_behind(0.5)
             if shift.heartbeat is not None:
                 await self.loop.run_in_executor(self.readers, shift.heartbeat.stop)
             if self.thread is not None:
@@ -226,6 +227,7 @@ class Worker:
                 # A second signal ends the process at once.
                 loop.remove_signal_handler(number)
             installed.clear()
+            log.info("worker %s is draining", self._core.settings.name)
             self.drained = await self._core.drain(self._grace)
         finally:
             for number in installed:

@@ -101,6 +101,11 @@ class ActivityRun:
             )
         self.shift.executor.begin(execution)
 
+    def settle(self) -> None:
+        """The worker leaves: what has not begun here goes to others at once."""
+        if self.flight is None and not self.gone and self.execution is not None and not self.execution.counted:
+            self._commit(status="ready", release=True)
+
     def post(self, mail: Mail) -> None:
         """A message: only a request to cancel means anything."""
         if mail.id in self.seen:
@@ -213,7 +218,7 @@ class ActivityRun:
             last=self.last,
             id=self.shift.turn_id(),
             first_seq=row.history_events + 1,
-            consumed=self.seen,
+            consumed=list(self.seen),
             **facts,
         )
         self.shift.committer.turn(self.flight, self._answered)

@@ -163,6 +163,16 @@ class Executor:
         error = task.exception()
         execution.report(None if error is not None else task.result(), error)
 
+    async def leave_behind(self, patience: float) -> None:
+        """Let tasks that were cancelled end; those that ignore it no longer hold the loop up, or its end."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=patience)
+        for task in self._tasks:
+            log.warning("a step ignores its cancellation and is left behind: %r", task)
+            # `asyncio.run` waits for every task it knows.
+            asyncio.tasks._unregister_task(task)
+            task._log_destroy_pending = False
+
     def on_loop(self, fn: Any) -> bool:
         """Whether the function belongs on the loop."""
         return is_async(fn)

@@ -529,6 +529,9 @@ class Resident:
             self._strike()
             return
         gathered = self.open
+        if self.shift.draining and not any(e is not None and e.counted for e in self.executions.values()):
+            self._hand_over(gathered)
+            return
         status = RUNNING if self.executions or gathered.begun else WAITING
         wake_at = self._next_wake()
         waiting = status == WAITING
@@ -546,6 +549,18 @@ class Resident:
             self.open = Gathered()
             self._act(gathered)
         self._set_timer(wake_at)
+
+    def _hand_over(self, gathered: Gathered) -> None:
+        """The worker leaves, and nothing of this run executes here any more: another takes it on at once."""
+        ready = bool(self.executions or gathered.begun)
+        self.open = Gathered()
+        self._commit(
+            gathered,
+            status="ready" if ready else WAITING,
+            wake_at=self._next_wake(),
+            waits="" if ready else waits_of(self, WAITING),
+            release=True,
+        )
 
     def _next_wake(self) -> int | None:
         line = self.play.line

@@ -209,8 +209,14 @@ class Shift:
         return self.executing == 0 and self.committer.unanswered == 0
 
     def drain(self) -> None:
-        """Begin nothing new: no claim, no step. What is in flight may end."""
+        """Begin nothing new: no claim, no step. What is in flight may end; what only waits goes to others at once."""
+        if self.draining:
+            return
         self.draining = True
+        for resident in list(self.residents.values()):
+            resident.settle()
+        for activity in list(self.activities.values()):
+            activity.settle()
 
     def close(self) -> None:
         """Leave: all runs leave memory. Twice is once."""

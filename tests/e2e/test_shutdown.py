@@ -1,0 +1,115 @@
+"""How a worker process leaves: killed, asked, asked twice, and with steps that do not listen."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+from perdure import Client
+from tests.e2e.processes import Site, ended, killed, until
+
+
+async def test_runs_of_a_killed_worker_go_on_in_another_at_once(site: Site) -> None:
+    first = site.worker()
+    await site.serving(first)
+    async with Client(site.url) as client:
+        handles = [await client.options(id=f"r{n}").start("long_step", 0.2) for n in range(5)]
+        await until(lambda: len(site.ledger(step="long")) == 5, "five steps")
+        second = site.worker()
+        await site.serving(second)
+        at = killed(first)
+        again = await until(lambda: [x for x in site.ledger(step="long") if x.pid == second.pid][4:], "the steps")
+        took = (again[0].at - at) / 1e6
+        print(f"recovery after kill: {took * 1000:.0f} ms")
+        assert took < 3
+        assert [await handle.result(timeout=20) for handle in handles] == [str(second.pid)] * 5
+    # What was recorded before the kill was not done again.
+    assert len(site.ledger(step="first")) == 5
+
+
+async def test_sigterm_lets_steps_end_and_hands_the_runs_over_at_once(site: Site) -> None:
+    first = site.worker()
+    await site.serving(first)
+    async with Client(site.url) as client:
+        waiting = await client.start("two_signals")
+        busy = await client.start("long_step", 1.0)
+        await until(lambda: site.ledger(step="long"), "the long step")
+        await until(lambda: site.ledger("end", step="before"), "the run that waits")
+        second = site.worker()
+        await site.serving(second)
+        first.send_signal(signal.SIGTERM)
+        assert await ended(first) == 0
+        at = time.monotonic()
+        # The step that was in flight ended where it had begun, and its run there too or in the other.
+        assert await busy.result(timeout=20) == str(first.pid)
+        await waiting.signal("go")
+        assert await waiting.result(timeout=20) == str(second.pid)
+        print(f"handed over and done: {(time.monotonic() - at) * 1000:.0f} ms")
+    assert len(site.ledger(step="long")) == 1
+    assert site.ask("SELECT sum(strikes) FROM perdure_runs") == [(0,)]
+
+
+async def test_a_run_that_could_go_on_does_not_wait_for_its_old_workers_long_step(site: Site) -> None:
+    first = site.worker()
+    await site.serving(first)
+    async with Client(site.url) as client:
+        waiting = await client.start("two_signals")
+        await client.start("long_step", 4.0)
+        await until(lambda: site.ledger(step="long"), "the long step")
+        await until(lambda: site.ledger("end", step="before"), "the run that waits")
+        second = site.worker()
+        await site.serving(second)
+        first.send_signal(signal.SIGTERM)
+        await waiting.signal("go")
+        at = time.monotonic()
+        assert await waiting.result(timeout=20) == str(second.pid)
+        took = time.monotonic() - at
+        print(f"signal to result past a draining worker: {took * 1000:.0f} ms")
+        assert first.poll() is None, "the first worker still has its long step"
+        assert took < 2
+
+
+async def test_a_released_run_is_claimed_by_another_worker_at_once(site: Site) -> None:
+    first = site.worker(grace=0.05)
+    await site.serving(first)
+    async with Client(site.url) as client:
+        busy = await client.start("long_step", 20.0)
+        await until(lambda: site.ledger(step="long"), "the long step")
+        second = site.worker()
+        await site.serving(second)
+        first.send_signal(signal.SIGTERM)
+        again = await until(lambda: site.ledger(step="long")[1:], "the step in the other worker")
+        assert again[0].pid == second.pid
+        [(retired,)] = site.ask("SELECT dead_at FROM perdure_workers WHERE name = ?", str(first.pid))
+        took = (again[0].at - retired) / 1000
+        print(f"released and executed in another: {took:.0f} ms")
+        assert took < 2000
+        assert await ended(first) == 1
+        await busy.terminate()
+    # Handed back in peace: no strike for the run.
+    assert site.ask("SELECT strikes FROM perdure_runs") == [(0,)]
+
+
+async def test_a_second_signal_ends_the_process_at_once(site: Site) -> None:
+    first = site.worker()
+    await site.serving(first)
+    async with Client(site.url) as client:
+        await client.start("long_step", 60.0)
+        await until(lambda: site.ledger(step="long"), "the long step")
+    first.send_signal(signal.SIGTERM)
+    # The first one was heard when the handlers are gone: nothing is claimed any more.
+    await until(lambda: "draining" in site.log(), "the drain")
+    first.send_signal(signal.SIGTERM)
+    assert await ended(first, seconds=5) == -signal.SIGTERM
+
+
+async def test_steps_that_ignore_cancellation_do_not_block_the_end(site: Site) -> None:
+    first = site.worker(grace=0.2)
+    await site.serving(first)
+    async with Client(site.url) as client:
+        run = await client.start("deaf")
+        await until(lambda: {line.step for line in site.ledger()} == {"task", "thread"}, "both steps")
+        first.send_signal(signal.SIGTERM)
+        assert await ended(first, seconds=10) == 1
+        assert await run.status() == "ready"
+        await run.terminate()
