@@ -129,28 +129,40 @@ class Core:
         self.waiting: dict[Key, list[asyncio.Future[Ending]]] = {}
         self.recent: dict[Key, Ending] = {}
         self.poller: asyncio.Task[None] | None = None
+        self.opening: asyncio.Task[None] | None = None
+        self.opened = False
         self.closed = False
         self._kicked = False
 
     # --- opening and closing ---
 
     async def open(self) -> None:
-        """Open the store and begin to write; at first use. Twice is once."""
+        """Open the store and begin to write; at first use, once for all who ask. Twice is once."""
         loop = asyncio.get_running_loop()
         if self.closed:
             raise RuntimeError("This client was closed. Nothing can be asked of it any more. Make a new one.")
-        if self.loop is loop:
-            return
-        if self.loop is not None:
-            raise RuntimeError(
-                "This client belongs to another event loop. Its answers arrive there. Use its .sync face from other "
-                "threads, or make a client for this loop."
-            )
-        self.loop = loop
+        if self.loop is not loop:
+            if self.loop is not None:
+                raise RuntimeError(
+                    "This client belongs to another event loop. Its answers arrive there. Use its .sync face from "
+                    "other threads, or make a client for this loop."
+                )
+            self.loop = loop
+            self.opening = loop.create_task(self._open())
+        if not self.opened:
+            assert self.opening is not None
+            await asyncio.shield(self.opening)
+
+    async def _open(self) -> None:
+        assert self.loop is not None
         self.readers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="perdure-reader")
-        if self.store is None:
-            self.store = await loop.run_in_executor(self.readers, functools.partial(open_store, self.given))
+        self.store = await self.loop.run_in_executor(self.readers, functools.partial(open_store, self.given))
         self.begin()
+        await self.serve()
+        self.opened = True
+
+    async def serve(self) -> None:
+        """Begin to serve; an engine does."""
 
     def begin(self) -> None:
         """Begin to write: a committer of its own; an engine brings its shift's."""
@@ -179,7 +191,7 @@ class Core:
         if self.loop is not None:
             if thread is not None:
                 await self.loop.run_in_executor(readers, thread.stop)
-            if store is not None and store is not self.given:
+            if store is not None and store is not self.given:  # type: ignore[redundant-expr]
                 await self.loop.run_in_executor(readers, store.close)
         if readers is not None:
             readers.shutdown(wait=False)
@@ -213,7 +225,8 @@ class Core:
     async def write(self, add: Callable[[Committer, Callable[[Any], None]], None]) -> Any:
         """Add something to the next batch and wait for its verdict; store errors are raised."""
         await self.open()
-        assert self.loop is not None and self.committer is not None
+        assert self.loop is not None
+        assert self.committer is not None
         future: asyncio.Future[Any] = self.loop.create_future()
 
         def answer(verdict: Any) -> None:
@@ -318,7 +331,11 @@ class Client:
         self._options = StartOptions()
 
     async def __aenter__(self) -> Any:
-        await self._core.open()
+        try:
+            await self._core.open()
+        except BaseException:
+            await self._core.close()
+            raise
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -696,5 +713,3 @@ class RunHandle(Generic[R]):
 
 def _add_turn(turn: Turn, committer: Committer, answer: Callable[[Any], None]) -> None:
     committer.turn(turn, answer)
-
-

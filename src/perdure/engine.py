@@ -36,12 +36,9 @@ class _Serves(Core):
         self._threads: list[Serving] = []
         self._watchdog: Watchdog | None = None
 
-    async def open(self) -> None:
-        if self.loop is not None or self.closed:
-            await super().open()
-            return
-        await super().open()
-        assert self.loop is not None and self.shift is not None
+    async def serve(self) -> None:
+        assert self.loop is not None
+        assert self.shift is not None
         shift = self.shift
         announcement = shift.announcement()
         await self.loop.run_in_executor(self.readers, self.store.announce, announcement)
@@ -55,8 +52,8 @@ class _Serves(Core):
             Serving("perdure-watcher", watcher.step),
             Serving("perdure-housekeeper", keeper.step, pause=min(self.settings.lease / 3, 0.5)),
         ]
-        log.info("worker %s serves %s on %s (%s)", shift.incarnation[:8], ", ".join(self.registry.workflows) or "no workflow",
-                 self.store.url, self.store.durability)
+        served = ", ".join(self.registry.workflows) or "no workflow"
+        log.info("worker %s serves %s on %s (%s)", shift.incarnation[:8], served, self.store.url, self.store.durability)
 
     def begin(self) -> None:
         assert self.loop is not None
@@ -85,26 +82,26 @@ class _Serves(Core):
         return True
 
     async def close(self) -> None:
-        if self.closed or self.loop is None:
+        if self.closed or self.shift is None:
             await super().close()
             return
+        assert self.loop is not None
         shift = self.shift
         for thread in self._threads:
             thread.stop()
         if self._watchdog is not None:
             self._watchdog.stop()
-        if shift is not None:
-            shift.close()
-            await shift.executor.leave_behind(0.5)
-            if shift.heartbeat is not None:
-                await self.loop.run_in_executor(self.readers, shift.heartbeat.stop)
-            if self.thread is not None:
-                await self.loop.run_in_executor(self.readers, self.thread.stop)
-            self.store.wake()
-            for thread in self._threads:
-                await self.loop.run_in_executor(self.readers, thread.join, 5.0)
-            # After the last turn: what is still ours goes back to others at once.
-            await self.loop.run_in_executor(self.readers, self.store.retire, shift.incarnation)
+        shift.close()
+        await shift.executor.leave_behind(0.5)
+        if shift.heartbeat is not None:
+            await self.loop.run_in_executor(self.readers, shift.heartbeat.stop)
+        if self.thread is not None:
+            await self.loop.run_in_executor(self.readers, self.thread.stop)
+        self.store.wake()
+        for thread in self._threads:
+            await self.loop.run_in_executor(self.readers, thread.join, 5.0)
+        # After the last turn: what is still ours goes back to others at once.
+        await self.loop.run_in_executor(self.readers, self.store.retire, shift.incarnation)
         await super().close()
 
 
@@ -164,7 +161,7 @@ def _serving(
     if isinstance(queues, str):
         raise TypeError(f"queues={queues!r} is a text. It would be read letter by letter. Pass a list: [{queues!r}].")
     for what, value, least in (("concurrency", concurrency, 1), ("threads", threads, 1), ("resident", resident, 0)):
-        if not isinstance(value, int) or value < least:
+        if value < least:
             raise ValueError(f"{what}={value!r} is not a number of at least {least}.")
     return _Serves(
         store,
@@ -239,5 +236,3 @@ class Worker:
         self._grace = duration(grace, "grace=").total_seconds()
         if self._stopping is not None:
             self._stopping.set()
-
-

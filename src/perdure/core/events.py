@@ -7,7 +7,7 @@ events into text and back. Kinds are added by later versions, never changed.
 
 from __future__ import annotations
 
-from typing import Final, Union
+from typing import Final
 
 import msgspec
 from msgspec import Raw
@@ -186,20 +186,20 @@ class Ended(_Event, frozen=True, kw_only=True, tag="ended", gc=False):
     at: int | None = None  # only in ends without code, which have no input before them
 
 
-Input = Union[
-    Started,
-    Signal,
-    CancelRequested,
-    StepCompleted,
-    StepFailed,
-    AttemptFailed,
-    ChildEnded,
-    ActivityEnded,
-    Time,
-    Resumed,
-]
-Command = Union[Sleep, SignalWait, SignalTaken, Activity, Child, Sent, StepCancelled, Patched, Refused, Ended]
-Event = Union[Input, Command]
+Input = (
+    Started
+    | Signal
+    | CancelRequested
+    | StepCompleted
+    | StepFailed
+    | AttemptFailed
+    | ChildEnded
+    | ActivityEnded
+    | Time
+    | Resumed
+)
+Command = Sleep | SignalWait | SignalTaken | Activity | Child | Sent | StepCancelled | Patched | Refused | Ended
+Event = Input | Command
 
 INPUTS: Final = (
     Started,

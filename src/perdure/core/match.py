@@ -570,14 +570,13 @@ _APPLY: Final[dict[type, Callable[[Line, Any, Any], None]]] = {
 
 def _tag(command: ev.Command) -> Tag:
     """What makes a command the same command: its kind, and its step, change or message."""
-    kind = type(command)
-    if kind is ev.Patched:
-        return kind, command.change
-    if kind is ev.Refused:
-        return kind, command.what
-    if kind is ev.Ended:
-        return kind, ""
-    return kind, command.step  # type: ignore[union-attr]  # every other command has one
+    if isinstance(command, ev.Patched):
+        return ev.Patched, command.change
+    if isinstance(command, ev.Refused):
+        return ev.Refused, command.what
+    if isinstance(command, ev.Ended):
+        return ev.Ended, ""
+    return type(command), command.step
 
 
 def _remote_command(op: Op) -> ev.Command:
@@ -608,30 +607,26 @@ def _remote_command(op: Op) -> ev.Command:
 # --- words for reports --------------------------------------------------------------------------------
 
 
+_WORDS: Final[dict[type, str]] = {
+    ev.Sleep: 'sleep "{0.step}"',
+    ev.SignalWait: 'wait "{0.step}" for signal "{0.name}"',
+    ev.SignalTaken: 'signal taken by "{0.step}"',
+    ev.Child: 'child workflow "{0.step}" ({0.name})',
+    ev.ChildEnded: 'child workflow "{0.step}"',
+    ev.Activity: 'activity "{0.step}" ({0.name})',
+    ev.ActivityEnded: 'activity "{0.step}"',
+    ev.StepCancelled: 'step "{0.step}" cancelled',
+    ev.Patched: 'patched("{0.change}")',
+    ev.Ended: "the run's end ({0.status})",
+}
+
+
 def describe(event: ev.Event) -> str:
     """An event as a report names it."""
-    kind = type(event)
-    step = getattr(event, "step", "")
-    if isinstance(event, ev.LOCAL_OUTCOMES):
-        named = f" ({event.name})" if event.name and event.name != step else ""
-        return f'run step "{step}"{named}'
-    if kind is ev.Sleep:
-        return f'sleep "{step}"'
-    if kind is ev.SignalWait:
-        return f'wait "{step}" for signal "{event.name}"'
-    if kind is ev.SignalTaken:
-        return f'signal taken by "{step}"'
-    if kind in (ev.Child, ev.ChildEnded):
-        return f'child workflow "{step}"'
-    if kind in (ev.Activity, ev.ActivityEnded):
-        return f'activity "{step}"'
-    if kind is ev.StepCancelled:
-        return f'step "{step}" cancelled'
-    if kind is ev.Patched:
-        return f'patched("{event.change}")'
-    if kind is ev.Ended:
-        return f"the run's end ({event.status})"
-    return ev.kind(event)
+    if isinstance(event, (ev.StepCompleted, ev.StepFailed, ev.AttemptFailed)):
+        named = f" ({event.name})" if event.name and event.name != event.step else ""
+        return f'run step "{event.step}"{named}'
+    return _WORDS.get(type(event), ev.kind(event)).format(event)
 
 
 def describe_op(op: Op) -> str:

@@ -7,7 +7,7 @@ events are JSON text that the codec has already judged: a store never looks insi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Union
+from typing import Any
 
 import msgspec
 
@@ -283,10 +283,10 @@ class Unstorable(_Fact, frozen=True, kw_only=True):
     reason: str
 
 
-StartVerdict = Union[Begun, Existing, Conflict, Taken]
-SendVerdict = Union[Kept, Duplicate, Finished, NotFound, MailboxFull]
-TurnVerdict = Union[Committed, Fenced, MoreMail, Busy, Unstorable]
-Verdict = Union[StartVerdict, SendVerdict, TurnVerdict]
+StartVerdict = Begun | Existing | Conflict | Taken
+SendVerdict = Kept | Duplicate | Finished | NotFound | MailboxFull
+TurnVerdict = Committed | Fenced | MoreMail | Busy | Unstorable
+Verdict = StartVerdict | SendVerdict | TurnVerdict
 
 
 class Mail(_Fact, frozen=True, kw_only=True):

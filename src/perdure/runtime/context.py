@@ -65,7 +65,10 @@ class Host(Protocol):
     """The driver as the context sees it: may the caller speak, and how does it wait?"""
 
     line: Line
-    stopped: BaseException | None
+
+    @property
+    def stopped(self) -> BaseException | None:
+        """What every call raises again once the body was told to stop."""
 
     def hold(self) -> None:
         """Sync runs: keep a thread that does not want to end for ever."""
@@ -152,7 +155,11 @@ class _Asking:
             length = min(length, LATEST - line.now)
         name = id if name is None else check_id(name, "the name of a signal")
         op = Op(
-            "signal_wait", id, name=name, site=call_site(3), spec=steps.Length(length=length, returns=plan(returns, what="returns="))
+            "signal_wait",
+            id,
+            name=name,
+            site=call_site(3),
+            spec=steps.Length(length=length, returns=plan(returns, what="returns=")),
         )
         line.ask(op)
         return op
@@ -258,7 +265,7 @@ class _StepFuture(RunFuture):
     def cancel(self, msg: Any = None) -> bool:
         if self.done():
             return False
-        loop: RunLoop = self._loop  # type: ignore[assignment]
+        loop: RunLoop = self._loop  # type: ignore[assignment]  # futures of ours are made by our loop
         loop.line.cancel(self.op)
         return super().cancel(msg)
 
@@ -319,7 +326,7 @@ class Operation(Coroutine[Any, Any, T]):
             self._iterator = self.__await__()
         return self._iterator.send(value)
 
-    def throw(self, *error: Any) -> Any:  # type: ignore[override]
+    def throw(self, *error: Any) -> Any:
         if self._iterator is None:
             self._begun = True
             self._loop.line.cancel(self._op)
@@ -396,9 +403,7 @@ async def _waited(facts: Facts, ops: list[Op], timeout: Any, read: Callable[[lis
     return read(ops)
 
 
-async def _until(
-    facts: Facts, ready: Callable[[], bool], ops: list[Op], timeout: Any, *, strict: bool
-) -> None:
+async def _until(facts: Facts, ready: Callable[[], bool], ops: list[Op], timeout: Any, *, strict: bool) -> None:
     """Wait in an async run until `ready()`; a wait that ran out is a TimeoutError if `strict`."""
     facts.may_speak("waiting")
     if ready():
@@ -418,7 +423,12 @@ async def _until(
         length = duration(timeout, "timeout=").total_seconds()
         if length == 0 and not strict:
             return
-        timer = loop.call_later(length, lambda: future.done() or future.set_exception(TimeoutError(_too_long(ops))))
+
+        def ring() -> None:
+            if not future.done():
+                future.set_exception(TimeoutError(_too_long(ops)))
+
+        timer = loop.call_later(length, ring)
     try:
         await future
     except TimeoutError:
@@ -716,7 +726,7 @@ class _ContextBase:
         """A generator seeded from the run: the same numbers on every replay."""
         self._facts.may_speak("ctx.random")
         if self._facts.random is None:
-            self._facts.random = random.Random(self._facts.seed)  # noqa: S311  # not for secrets; replayable
+            self._facts.random = random.Random(self._facts.seed)
         return self._facts.random
 
     def uuid4(self) -> uuid.UUID:
@@ -752,7 +762,7 @@ class RunLog(logging.LoggerAdapter):  # type: ignore[type-arg]
         super().__init__(logger, {})
         self._line = line
 
-    def isEnabledFor(self, level: int) -> bool:  # noqa: N802  # the name of the standard library
+    def isEnabledFor(self, level: int) -> bool:
         return not self._line.replaying and not self._line.dead and super().isEnabledFor(level)
 
     def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -781,4 +791,3 @@ class SyncContext(_ContextBase):
     def __init__(self, facts: Facts) -> None:
         super().__init__(facts)
         self.step = SyncStep(facts)
-

@@ -18,14 +18,14 @@ class AsyncDriver:
 
     def __init__(self, line: Line, started_at: int) -> None:
         self.line = line
-        self.loop = RunLoop(line, started_at)
+        self.loop = RunLoop(line, started_at)  # type: ignore[abstract]  # what it cannot do is set from a list
         self.main: RunTask | None = None
         self.survivors: list[Any] = []
 
     def active(self) -> bool:
         return self.loop.inside == threading.get_ident()
 
-    stopped = None
+    stopped: BaseException | None = None
     suspended = False
     wants_body = False
 

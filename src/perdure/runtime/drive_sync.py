@@ -53,7 +53,6 @@ class BodyThreads:
             self._idle.append(thread)
             return True
 
-
     def lose(self) -> None:
         """A thread that will never come back no longer counts."""
         with self._lock:
@@ -129,9 +128,12 @@ class SyncDriver:
             self._started = True
             self.threads.run(self._main)
             self._to_driver.acquire()
-        while not self._over and self.executing is None and self._resolved():
+        while self._can_go_on():
             self._to_body.put(None)
             self._to_driver.acquire()
+
+    def _can_go_on(self) -> bool:
+        return not self._over and self.executing is None and self._resolved()
 
     def _resolved(self) -> bool:
         return self._cancel or (self._ready is not None and self._ready())

@@ -178,19 +178,19 @@ class RunLoop(asyncio.AbstractEventLoop):
     def time(self) -> float:
         return (self.line.now - self.started_at) / 1_000_000
 
-    def call_soon(
+    def call_soon(  # type: ignore[override]  # the types of the arguments are the callback's business
         self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
         handle = asyncio.Handle(callback, args, self, context)
         self.ready.append(handle)
         return handle
 
-    def call_later(
+    def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.TimerHandle:
         return self.call_at(self.time() + delay, callback, *args, context=context)
 
-    def call_at(
+    def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.TimerHandle:
         micros = when * 1_000_000
@@ -275,7 +275,8 @@ def _closed(task: RunTask) -> bool:
         try:
             coroutine.close()
             return True
-        except BaseException:  # noqa: S112  # whatever dying code raises has no one left to tell
+        except BaseException:
+            # Whatever dying code raises has no one left to tell.
             continue
     return False
 

@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from perdure.core import failure
 from perdure.core import events as ev
+from perdure.core import failure
 from perdure.core.errors import Cancelled, NeverRests, Unwinding
 from perdure.core.failure import RecordedError
 from perdure.core.limits import Limits
@@ -242,7 +242,8 @@ class Play:
 
     def _rebuild(self, event: Any, value: Any) -> None:
         """The wait is resolved, but the body's thread was given back or executes a function."""
-        assert self.driver is not None and self._kept is not None
+        assert self.driver is not None
+        assert self._kept is not None
         self.driver.close()
         recorded, self._kept = self._kept, []
         old = self.line

@@ -7,7 +7,7 @@ name are an error that names both places.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from types import ModuleType
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, overload
@@ -113,7 +113,7 @@ class Activity(Generic[P, R]):
         return self.fn(*args, **kwargs)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self if instance is None else self.fn.__get__(instance, owner)  # type: ignore[attr-defined]
+        return self if instance is None else self.fn.__get__(instance, owner)
 
     def __repr__(self) -> str:
         return f"<activity {self.name} ({self.place})>"
@@ -208,5 +208,3 @@ def _put(table: dict[str, Any], value: Any, what: str) -> None:
             "A name is what a run is stored under, so each belongs to one definition. "
             f"Give one of them another: @{what}(name=…)."
         )
-
-

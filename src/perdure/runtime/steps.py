@@ -21,10 +21,10 @@ from msgspec import Raw
 
 from perdure.core import codec, failure
 from perdure.core import events as ev
+from perdure.core.codec import Plan, plan
 from perdure.core.limits import ID_LENGTH, Limits
 from perdure.core.match import Op
 from perdure.core.retry import Retry
-from perdure.core.codec import Plan, plan
 from perdure.core.signature import Parameter, Signature, result_plan
 from perdure.runtime.registry import Activity, Workflow
 
@@ -233,7 +233,7 @@ def local(
 
 def activity(
     id: str,
-    target: Activity,
+    target: Activity[Any, Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     options: Options,

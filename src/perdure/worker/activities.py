@@ -14,10 +14,10 @@ from perdure.core.errors import LimitExceeded, PayloadError
 from perdure.core.failure import RecordedError
 from perdure.core.retry import Retry
 from perdure.core.turn import Committed, Mail, Row, Turn
+from perdure.core.waits import Wait, Waits, waits_text
 from perdure.runtime.steps import ActivityPolicy, LocalCall
 from perdure.worker.executing import Execution, StepInfo
 from perdure.worker.remote_end import StartPolicy, policy_of, telling_parent
-from perdure.core.waits import Wait, Waits, waits_text
 
 if TYPE_CHECKING:
     from perdure.worker.shift import Shift

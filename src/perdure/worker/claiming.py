@@ -143,5 +143,3 @@ class Serving:
                     return
                 log.exception("%s failed and goes on", self._thread.name)
                 self._stop.wait(1.0)
-
-

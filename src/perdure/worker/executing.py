@@ -146,8 +146,10 @@ class Executor:
         self._follow(execution, coroutine)
 
     def _follow(self, execution: Execution, awaitable: Any) -> None:
-        task = self.loop.create_task(_awaited(awaitable)) if not asyncio.iscoroutine(awaitable) else (
-            self.loop.create_task(awaitable)
+        task = (
+            self.loop.create_task(_awaited(awaitable))
+            if not asyncio.iscoroutine(awaitable)
+            else (self.loop.create_task(awaitable))
         )
         execution.task = task
         self._tasks.add(task)

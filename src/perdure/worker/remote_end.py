@@ -68,9 +68,7 @@ def telling_parent(
         attempts=attempts,
     )
     named = "child" if kind == "workflow" else "activity"
-    return Send(
-        to=parent, id=f"perdure:{named}:{step}", kind=f"{named}_ended", name=step, data=_encode(end).decode()
-    )
+    return Send(to=parent, id=f"perdure:{named}:{step}", kind=f"{named}_ended", name=step, data=_encode(end).decode())
 
 
 def cancelling(parent: int, step: str, reason: str) -> Send:

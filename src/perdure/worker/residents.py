@@ -377,7 +377,7 @@ class Resident:
             self._deliver(msgspec.structs.replace(event, at=now), item.value)
 
     def _take_outcome(self, item: Outcome, now: int) -> None:
-        """Record an outcome, if the code still wants it: a value, a final failure, or an attempt with the next one's time."""
+        """Record an outcome, if the code still wants it: a value, a final failure, or an attempt to be repeated."""
         line = self.play.line
         if not line.wants(item.step, item.attempt):
             return
@@ -847,4 +847,3 @@ def blocked_tries(waits: str) -> int:
     if not waits.startswith('{"blocked"'):
         return 0
     return int(json.loads(waits).get("tries", 0))
-

@@ -181,9 +181,7 @@ class Shift:
             activity.leave()
         if not self.closed and not self.draining:
             announcement = self.announcement()
-            self._read(
-                lambda: self.store.announce(announcement), lambda lease: self._reborn(announcement, lease)
-            )
+            self._read(lambda: self.store.announce(announcement), lambda lease: self._reborn(announcement, lease))
 
     def _reborn(self, announcement: Announcement, lease: Any) -> None:
         if isinstance(lease, StoreError):
@@ -278,9 +276,7 @@ class Shift:
             root=id,
             created_micros=at,
         )
-        resident = Resident(
-            self, this, key=key, epoch=1, version=version, last="", seed=start.seed, input=start.input
-        )
+        resident = Resident(self, this, key=key, epoch=1, version=version, last="", seed=start.seed, input=start.input)
         self.residents[key] = resident
         resident.begin([stored.decode(start.event)], ())
 
@@ -414,9 +410,7 @@ class Shift:
     def blocked(self, resident: Resident) -> None:
         """A run was written as blocked; whoever waits here for its result is told once, in the log."""
 
-    def read_again(
-        self, resident: Resident, then: Callable[[Sequence[ev.Event], Sequence[Mail]], None]
-    ) -> None:
+    def read_again(self, resident: Resident, then: Callable[[Sequence[ev.Event], Sequence[Mail]], None]) -> None:
         """History and mailbox of a run, read outside the loop."""
 
         def read() -> Any:
@@ -513,9 +507,7 @@ class Shift:
     def _execute(self, resident: Resident, op: Op, execution: Execution) -> None:
         call = execution.call
         if call.timeout is not None:
-            execution.timer = self.loop.call_later(
-                call.timeout.total_seconds(), self._out_of_time, resident, execution
-            )
+            execution.timer = self.loop.call_later(call.timeout.total_seconds(), self._out_of_time, resident, execution)
         driver = resident.play.driver
         if isinstance(driver, SyncDriver) and driver.may_execute(op) and not self.executor.on_loop(call.fn):
             driver.execute(op, self.executor.job(execution, lambda: driver.finished(op)))
@@ -565,5 +557,3 @@ def _default_clock() -> float:
 
 def _parameters(signature: Any) -> Any:
     return [{"name": p.name, "kind": p.kind, "required": p.required} for p in signature.parameters]
-
-

@@ -10,6 +10,7 @@ from perdure.core.waits import SHOWN, Wait, Waits, waits_text
 if TYPE_CHECKING:
     from perdure.worker.residents import Resident
 
+
 def waits_of(resident: Resident, status: str) -> str:
     """The column for a run in memory."""
     line = resident.play.line
