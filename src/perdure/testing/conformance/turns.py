@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from perdure.core.status import Status
 from perdure.core.turn import (
     Committed,
     Fenced,
@@ -82,6 +83,9 @@ class TurnPromises:
         assert (after.status, after.wake_at, after.waits) == ("waiting", clock() + SECOND, '{"signal":"approval"}')
         after = holder.commits(status="running")
         assert (after.status, after.wake_at, after.waits) == ("running", None, "")
+
+    def test_a_status_is_kept_as_its_plain_word(self, store: Store) -> None:
+        assert type(held(store).commits(status=Status.WAITING).status) is str
 
     def test_result_and_error_are_overwritten_by_each_turn(self, store: Store) -> None:
         holder = held(store)
