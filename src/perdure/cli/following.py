@@ -1,0 +1,156 @@
+"""Shows a run's steps on stderr as they happen: one line per change, and in a terminal what goes on right now."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import sys
+from typing import Any, Final
+
+from perdure.cli.steps import Step, Steps
+from perdure.cli.words import length, line, tell, when
+from perdure.client import Core, RunHandle
+from perdure.core import stored
+from perdure.core.retry import moment
+from perdure.core.status import Status
+from perdure.core.turn import Row
+from perdure.core.waits import Wait, Waits, read_waits
+from perdure.worker.waits import waits_of
+
+LOOK: Final = 0.05
+"""Seconds between two looks at the history."""
+_SIGNS: Final = {"done": "+", "failed": "x", "cancelled": "x", "retrying": "!"}
+_STYLES: Final = {"done": "green", "failed": "red", "cancelled": "yellow", "retrying": "yellow"}
+
+
+class Follower:
+    """One run that is followed from its start, or from where it was."""
+
+    def __init__(self, core: Core, handle: RunHandle[Any]) -> None:
+        self._core = core
+        self._handle = handle
+        self._steps = Steps()
+        self._begun = False
+        self._shown: set[str] = set()
+        self._live: Any = None
+        self._console: Any = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            self._console = Console(stderr=True, highlight=False)
+            self._live = self._console.status("")
+            self._live.start()
+
+    async def close(self) -> None:
+        """Give the terminal back. Twice is once."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    async def follow(self) -> str:
+        """Until cancelled, or until the run is blocked: then its report."""
+        while True:
+            row = await self._look()
+            if row.status == Status.BLOCKED:
+                return read_waits(row.waits).blocked
+            self._show_now(row)
+            await asyncio.sleep(LOOK)
+
+    async def last(self) -> None:
+        """Show what came with the end."""
+        row = await self._look()
+        if row.ended_at is not None:
+            took = length(moment(row.ended_at) - moment(row.created_at))
+            self._print(f"run {row.id} {row.status.replace('_', ' ')} after {took}", "bold")
+
+    async def _look(self) -> Row:
+        core = self._core
+        row = await core.row(self._handle.id)
+        if not self._begun:
+            self._begun = True
+            goes_on = "goes on" if row.history_events > 1 else "begins"
+            self._print(f"run {row.id} of workflow {row.workflow} {goes_on}", "bold")
+        taken = self._steps.taken
+        texts = await core.read(functools.partial(core.store.history, row.key, taken))
+        for text in texts:
+            for step in self._steps.take([stored.decode(text)]):
+                self._print(f"  {_SIGNS.get(step.state, '.')} {_words(step)}", _STYLES.get(step.state, ""))
+        return row
+
+    def _show_now(self, row: Row) -> None:
+        waits = self._waits(row)
+        now = self._core.store.now()
+        for wait in waits.waits:
+            # In a terminal the last line says it; without one, each attempt is said once.
+            if self._live is None and wait.kind == "step" and wait.attempt == 1 and wait.step not in self._shown:
+                self._shown.add(wait.step)
+                self._print(f"  . {wait.step}: running", "")
+        if self._live is not None and waits.waits:
+            from rich.text import Text
+
+            self._live.update(Text(line(_now(waits, now))))
+
+    def _waits(self, row: Row) -> Waits:
+        """What it waits for: from memory if it is executed here, which knows more than the store."""
+        shift = self._core.shift
+        resident = None if shift is None else shift.residents.get(row.key)
+        if resident is not None and not resident.gone:
+            return read_waits(waits_of(resident, resident.status))
+        return read_waits(row.waits)
+
+    def _print(self, text: str, style: str) -> None:
+        if self._console is None:
+            tell(text)
+        else:
+            from rich.text import Text
+
+            self._console.print(Text(line(text), style=style))
+
+
+def _words(step: Step) -> str:
+    """A change in one line."""
+    match step.state:
+        case "retrying":
+            last = step.failures[-1]
+            pause = "" if last.next_at is None else f"; next attempt in {length(last.next_at - last.at)}"
+            return f"{step.id}: attempt {last.attempt} failed: {last.error}{pause}"
+        case "done":
+            attempts = f" (attempt {step.attempts})" if step.kind == "step" and step.attempts > 1 else ""
+            return f"{step.id}: done{attempts}"
+        case "failed":
+            attempts = f" after {step.attempts} attempts" if step.kind == "step" and step.attempts > 1 else ""
+            return f"{step.id}: failed{attempts}: {step.error}"
+        case "cancelled":
+            return f"{step.id}: cancelled"
+    match step.kind:
+        case "sleep":
+            return f"{step.id}: sleeps until {when(step.until)} UTC"
+        case "signal":
+            until = "" if step.until is None else f" until {when(step.until)} UTC"
+            return f'{step.id}: waits for signal "{step.name}"{until}'
+        case _:
+            return f"{step.id}: {step.kind} {step.run}"
+
+
+def _now(waits: Waits, now: int) -> str:
+    """What goes on right now."""
+    first: Wait = waits.waits[0]
+    others = len(waits.waits) - 1 + waits.more
+    beside = f", and {others} more" if others else ""
+    match first.kind:
+        case "step":
+            return (
+                f"{first.step}: running, attempt {first.attempt}, {length(moment(now) - moment(first.since))}{beside}"
+            )
+        case "retry":
+            return f"{first.step}: next attempt {_in(first.until, now)}{beside}"
+        case "sleep" | "timer":
+            return f"{first.step or 'a timer'}: {_in(first.until, now)}{beside}"
+        case "signal":
+            return f'{first.step}: waits for signal "{first.name}"{beside}'
+        case _:
+            return f"{first.step}: {first.kind} {first.run}{beside}"
+
+
+def _in(until: int | None, now: int) -> str:
+    return "" if until is None else f"in {length(moment(until) - moment(now))}"

@@ -1,0 +1,83 @@
+"""What every subcommand takes, and how one asks a store that must exist."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote
+
+import click
+
+from perdure.client import Client
+from perdure.stores.opening import DEFAULT, VARIABLE
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where:
+    """Which store, which namespace, and whether output is for programs."""
+
+    store: str | None
+    namespace: str
+    json: bool
+
+    @property
+    def url(self) -> str:
+        """The store's URL, from wherever it was said."""
+        return self.store if self.store is not None else os.environ.get(VARIABLE, DEFAULT)
+
+    @property
+    def existing(self) -> str:
+        """The URL for those who must not create what they read."""
+        url = self.url
+        path, _, query = url.partition("?")
+        # A URL that names no file, or one in no folder, is better complained about as it was written.
+        if path.startswith("sqlite:///") and path[10:] and Path(unquote(path[10:])).parent.is_dir():
+            return f"{path}?{query}&create=false" if query else f"{path}?create=false"
+        return url
+
+    def same(self) -> str:
+        """The options that name the same store and namespace again, for commands we propose."""
+        said = "" if self.store is None else f" --store {self.store}"
+        return said + ("" if self.namespace == "default" else f" --namespace {self.namespace}")
+
+
+def common(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--store`, `--namespace` and `--json`; the function gets them as one `Where`, first."""
+
+    @click.option("--store", metavar="URL", help="Which store. [default: PERDURE_STORE, else sqlite:///perdure.db]")
+    @click.option("--namespace", metavar="NAME", default="default", show_default=True, help="Which namespace of it.")
+    @click.option("--json", "as_json", is_flag=True, help="Print JSON: one object, lists one object per line.")
+    @functools.wraps(function)
+    def command(store: str | None, namespace: str, as_json: bool, **rest: Any) -> Any:
+        return function(Where(store=store, namespace=namespace, json=as_json), **rest)
+
+    return command
+
+
+@contextmanager
+def usage() -> Iterator[None]:
+    """Inside, a wrong value is the user's mistake and no traceback."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise click.UsageError(str(error)) from error
+
+
+def ask(where: Where, question: Callable[[Client], Awaitable[T]], *, create: bool = False) -> T:
+    """What a client of this store answers. create: whether the store may be made for it."""
+    with usage():
+        client = Client(where.url if create else where.existing, namespace=where.namespace)
+
+    async def asked() -> T:
+        async with client:
+            return await question(client)
+
+    return asyncio.run(asked())

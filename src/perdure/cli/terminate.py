@@ -1,0 +1,33 @@
+"""`perdure terminate`."""
+
+from __future__ import annotations
+
+import click
+
+from perdure.cli.fields import fields_of
+from perdure.cli.options import Where, ask, common, usage
+from perdure.cli.words import json_text, say, tell
+from perdure.client import Client
+from perdure.info import RunInfo
+
+
+@click.command()
+@click.argument("run")
+@click.option("--reason", default="", help="Why; the run and those who wait for it are told.")
+@common
+def command(where: Where, run: str, reason: str) -> None:
+    """End a run without asking its code.
+
+    Nothing of its code runs any more, no cleanup either. Twice is once."""
+
+    async def act(client: Client) -> RunInfo:
+        with usage():
+            handle = client.handle(run)
+        await handle.terminate(reason)
+        return await handle.info()
+
+    info = ask(where, act)
+    if where.json:
+        say(json_text(fields_of(info)))
+    else:
+        tell(f"Run {run} is {info.status}.")
