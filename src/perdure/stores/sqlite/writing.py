@@ -364,19 +364,19 @@ class Writing:
     def _send(self, sends: Sequence[Send]) -> list[SendVerdict]:
         targets = self._targets(sends)
         values: list[Any] = []
+        limited = any(send.limit is not None for send in sends)
         room: dict[Key, int] = {}
-        wanted: list[int] = []
-        for place, (send, run) in enumerate(zip(sends, targets, strict=True)):
+        for send, run in zip(sends, targets, strict=True):
             if run is None:
                 continue
             limit = send.limit
-            if limit is not None:
+            if limited:
                 # Those before it in this batch take room too.
-                limit -= room.get(run, 0)
-                room[run] = room.get(run, 0) + 1
-            wanted.append(place)
+                before = room.get(run, 0)
+                room[run] = before + 1
+                limit = None if limit is None else limit - before
             values += (run, send.id, send.kind, send.name, send.data, self.now, limit)
-        if not wanted:
+        if not values:
             return [NotFound() for _ in sends]
         count = insert_mail.run(self.db, values)
         if count:
