@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from queue import SimpleQueue
 from typing import Any, Final
 
 from perdure.core.errors import PerdureError, StoreError
@@ -155,24 +156,24 @@ class CommitterThread:
 
     def __init__(self, committer: Committer) -> None:
         self.committer = committer
-        self._wanted = threading.Semaphore(0)
+        self._wanted: SimpleQueue[None] = SimpleQueue()
         self._stopping = False
         self._thread = threading.Thread(target=self._serve, name="perdure-committer", daemon=True)
         self._thread.start()
 
     def kick(self) -> None:
         """Something was added. Cheap, from any thread, as often as you like."""
-        self._wanted.release()
+        self._wanted.put(None)
 
     def stop(self, timeout: float = 10) -> None:
         """Write what is waiting and end. Twice is once."""
         self._stopping = True
-        self._wanted.release()
+        self._wanted.put(None)
         self._thread.join(timeout)
 
     def _serve(self) -> None:
         while True:
-            self._wanted.acquire()
+            self._wanted.get()
             while self.committer.waiting:
                 if not self.committer.flush():
                     # 50 ms doubling to 5 s: a store in trouble is not hammered.
