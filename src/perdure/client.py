@@ -645,7 +645,10 @@ class RunHandle(Generic[R]):
         """
         value = args[0] if len(args) == 1 else (list(args) if args else None)
         check_id(name, "the name of a signal")
-        data = codec.encode(value, what=f'the value of signal "{name}"', limits=self._core.limits)
+        what = f'the value of signal "{name}"'
+        # A dataclass and its like are written as their own type says, and read as `wait_signal(returns=…)` says.
+        own = type(value) if hasattr(type(value), "__annotations__") else Any
+        data = codec.encode(value, annotation=own, what=what, limits=self._core.limits)
         if message_id is None:
             message_id = secrets.token_hex(12)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
@@ -42,4 +43,4 @@ def plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no plain form")
 
 
-_SPECIAL: Final = {"input": stored, "result": stored, "waits": _waits, "status": str}
+_SPECIAL: Final[dict[str, Callable[[Any], Any]]] = {"input": stored, "result": stored, "waits": _waits, "status": str}

@@ -11,6 +11,7 @@ from typing import Any
 import click
 import msgspec
 
+from perdure.cli.words import Wrong
 from perdure.core import codec
 
 
@@ -49,18 +50,16 @@ def inputs(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def given(input: Sequence[str], arg: Sequence[str] = ()) -> Given:
-    """What was given; a UsageError if it is no JSON."""
+    """What was given; Wrong if it is no JSON."""
     if [*input, *(each.partition("=")[2] for each in arg)].count("-") > 1:
-        raise click.UsageError(
-            "Two arguments are -, and stdin can be read once only. Put one of them into a file: @FILE."
-        )
+        raise Wrong("Two arguments are -, and stdin can be read once only. Put one of them into a file: @FILE.")
     named: dict[str, str] = {}
     for each in arg:
         name, equals, text = each.partition("=")
         if not equals or not name:
-            raise click.UsageError(f"--arg {each} has no name. It is written --arg NAME=JSON.")
+            raise Wrong(f"--arg {each} has no name. It is written --arg NAME=JSON.")
         if name in named:
-            raise click.UsageError(f"--arg {name} was given twice. An argument has one value.")
+            raise Wrong(f"--arg {name} was given twice. An argument has one value.")
         named[name] = _json(text, f"--arg {name}=")
     return Given(positional=tuple(_json(text, "--input ") for text in input), named=named)
 
@@ -74,13 +73,13 @@ def _json(text: str, option: str) -> str:
             read = Path(text[1:]).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            raise click.UsageError(f"{option}{text} cannot be read: {why}.") from error
+            raise Wrong(f"{option}{text} cannot be read: {why}.") from error
     try:
         read.encode()
         msgspec.json.decode(read)
     except (msgspec.DecodeError, UnicodeEncodeError) as error:
         hint = f" A text needs its quotes: {option}'\"{text}\"'." if text.isidentifier() else ""
-        raise click.UsageError(f"{option}{_short(text)} is not JSON: {error}.{hint}") from error
+        raise Wrong(f"{option}{_short(text)} is not JSON: {error}.{hint}") from error
     return read.strip()
 
 

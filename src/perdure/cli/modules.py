@@ -11,13 +11,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import click
-
+from perdure.cli.words import Wrong
 from perdure.runtime.registry import Activity, Workflow
 
 
 def load(name: str) -> ModuleType:
-    """The module; a UsageError with the last line of what it raised."""
+    """The module; Wrong with the last line of what it raised."""
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -25,12 +24,12 @@ def load(name: str) -> ModuleType:
         if name.endswith(".py") or os.sep in name:
             return _from_file(Path(name))
         return importlib.import_module(name)
-    except click.UsageError:
+    except Wrong:
         raise
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a module may also call sys.exit()
-        raise click.UsageError(f"{name} cannot be imported. {_last_line(error)}") from error
+        raise Wrong(f"{name} cannot be imported. {_last_line(error)}") from error
 
 
 def workflows_in(module: ModuleType) -> list[Workflow[Any, Any]]:
@@ -42,7 +41,7 @@ def load_served(name: str) -> ModuleType:
     """A module with something to serve."""
     module = load(name)
     if not any(isinstance(value, (Workflow, Activity)) for value in vars(module).values()):
-        raise click.UsageError(
+        raise Wrong(
             f"{name} holds no workflows. A workflow is a function decorated with @workflow. "
             "Decorate one, or name the module that has it."
         )
@@ -55,7 +54,7 @@ def load_workflow(target: str) -> tuple[ModuleType, Workflow[Any, Any]]:
     if not colon or not name or not wanted:
         module = load_served(wanted or name)
         names = [each.name for each in workflows_in(module)]
-        raise click.UsageError(
+        raise Wrong(
             f"{target} names no workflow. It is written MODULE:WORKFLOW, for example "
             f"{(wanted or name)}:{names[0] if names else 'order'}."
         )
@@ -68,8 +67,8 @@ def load_workflow(target: str) -> tuple[ModuleType, Workflow[Any, Any]]:
     if isinstance(value, Workflow):
         return module, value
     if value is not None:
-        raise click.UsageError(f"{wanted} in {name} is no workflow. Decorate it with @workflow, or name another.")
-    raise click.UsageError(f"{name} has no workflow {wanted}. It has: {', '.join(each.name for each in found)}.")
+        raise Wrong(f"{wanted} in {name} is no workflow. Decorate it with @workflow, or name another.")
+    raise Wrong(f"{name} has no workflow {wanted}. It has: {', '.join(each.name for each in found)}.")
 
 
 def queues_of(module: ModuleType) -> list[str]:
@@ -80,7 +79,7 @@ def queues_of(module: ModuleType) -> list[str]:
 
 def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise click.UsageError(f"There is no file {path}. MODULE is a module's name or a path to a .py file.")
+        raise Wrong(f"There is no file {path}. MODULE is a module's name or a path to a .py file.")
     name = path.stem
     there = sys.modules.get(name)
     if there is not None:
@@ -94,7 +93,7 @@ def _from_file(path: Path) -> ModuleType:
         sys.path.insert(0, folder)
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None:
-        raise click.UsageError(f"{path} is no Python file. MODULE is a module's name or a path to a .py file.")
+        raise Wrong(f"{path} is no Python file. MODULE is a module's name or a path to a .py file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

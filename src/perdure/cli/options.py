@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 import click
 
+from perdure.cli.words import Wrong
 from perdure.client import Client
 from perdure.stores.opening import DEFAULT, VARIABLE
 
@@ -68,7 +69,7 @@ def usage() -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise click.UsageError(str(error)) from error
+        raise Wrong(str(error)) from error
 
 
 def ask(where: Where, question: Callable[[Client], Awaitable[T]], *, create: bool = False) -> T:

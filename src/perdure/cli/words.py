@@ -43,6 +43,15 @@ def complain(text: str) -> None:
     tell(f"perdure: {text}")
 
 
+class Wrong(click.ClickException):
+    """Wrong usage or input, said in our own words: exit 2, without click's lines about usage."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        complain(self.message)
+
+
 def json_text(value: Any) -> str:
     """A plain value as one line of JSON that people can read, safe to print."""
     # A control character can only be inside a string, where \u001b is JSON too.

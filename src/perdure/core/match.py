@@ -357,7 +357,9 @@ class Line:
         self._ends += 1
         op.ended = self._ends
         op.state = state
-        op.spec = op.last_error = None
+        op.last_error = None
+        if op.kind not in ("child", "activity"):
+            op.spec = None  # an emitted or given up child may be over before its start has been taken from here
         waiters, op.waiters = op.waiters, []
         for waiter in waiters:
             waiter(op)
