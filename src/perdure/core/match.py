@@ -221,8 +221,8 @@ class Line:
         self._latest = op
 
     def begin(self, op: Op) -> None:
-        """Begin an operation; it may end at once."""
-        if op.state != NEW:
+        """Begin an operation; it may end at once. A line that is dead begins nothing."""
+        if op.state != NEW or self.dead:
             return
         self._ordinal += 1
         op.ordinal = self._ordinal
@@ -231,7 +231,9 @@ class Line:
         _BEGIN[op.kind](self, op)
 
     def cancel(self, op: Op) -> None:
-        """Give an operation up: its final outcome, if it had begun. Twice is once."""
+        """Give an operation up: its final outcome, if it had begun. Twice is once; a dead line gives up nothing."""
+        if self.dead:
+            return
         if op.state == NEW:
             op.state = CANCELLED
             return

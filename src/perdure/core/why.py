@@ -119,7 +119,7 @@ def _waiting(row: Row, now: int, around: Surroundings) -> str:
     if not waits.waits:
         return f"Run {row.id} waits; its next turn is due {_due(row.wake_at, now)}."
     first = waits.waits[0]
-    sentence = f"Run {row.id} {_WAITS.get(first.kind, _wait_other)(first, now, around)}"
+    sentence = f"Run {row.id} {_WAITS.get(first.kind, _wait_other)(row, first, now, around)}"
     others = len(waits.waits) - 1 + waits.more
     if others:
         sentence += f" It waits for {others} more {'thing' if others == 1 else 'things'} beside."
@@ -131,22 +131,22 @@ def _waiting(row: Row, now: int, around: Surroundings) -> str:
     return sentence
 
 
-def _wait_sleep(wait: Wait, now: int, around: Surroundings) -> str:
+def _wait_sleep(row: Row, wait: Wait, now: int, around: Surroundings) -> str:
     return (
         f'sleeps in "{wait.step}"{_site(wait)} since {_length(now - wait.since)}, until {_at(wait.until)} '
         f"({_due(wait.until, now)}); only time, or a cancel, moves it."
     )
 
 
-def _wait_signal(wait: Wait, now: int, around: Surroundings) -> str:
+def _wait_signal(row: Row, wait: Wait, now: int, around: Surroundings) -> str:
     until = f", until {_at(wait.until)}" if wait.until is not None else ", without a timeout"
     return (
         f'waits in "{wait.step}"{_site(wait)} for signal "{wait.name}" since {_length(now - wait.since)}{until}; '
-        f"whoever sends it moves the run (`perdure signal RUN {wait.name}`)."
+        f"whoever sends it moves the run: `perdure signal {row.id} {wait.name}`."
     )
 
 
-def _wait_child(wait: Wait, now: int, around: Surroundings) -> str:
+def _wait_child(row: Row, wait: Wait, now: int, around: Surroundings) -> str:
     status = around.children.get(wait.run)
     state = f", which is {status}" if status else ""
     return (
@@ -155,7 +155,7 @@ def _wait_child(wait: Wait, now: int, around: Surroundings) -> str:
     )
 
 
-def _wait_activity(wait: Wait, now: int, around: Surroundings) -> str:
+def _wait_activity(row: Row, wait: Wait, now: int, around: Surroundings) -> str:
     if wait.name not in around.served:
         return (
             f'waits in "{wait.step}"{_site(wait)} for activity "{wait.name}" since {_length(now - wait.since)}; '
@@ -167,25 +167,25 @@ def _wait_activity(wait: Wait, now: int, around: Surroundings) -> str:
     )
 
 
-def _wait_retry(wait: Wait, now: int, around: Surroundings) -> str:
+def _wait_retry(row: Row, wait: Wait, now: int, around: Surroundings) -> str:
     return (
         f'waits to try step "{wait.step}"{_site(wait)} again, attempt {wait.attempt}{_of(wait)}, '
         f"{_due(wait.until, now)}; the last attempt failed with {wait.error or 'an error'}."
     )
 
 
-def _wait_timer(wait: Wait, now: int, around: Surroundings) -> str:
+def _wait_timer(row: Row, wait: Wait, now: int, around: Surroundings) -> str:
     return f"waits for a timer of its own code until {_at(wait.until)} ({_due(wait.until, now)}); only time moves it."
 
 
-def _wait_nothing(wait: Wait, now: int, around: Surroundings) -> str:
+def _wait_nothing(row: Row, wait: Wait, now: int, around: Surroundings) -> str:
     return (
         f"waits for nothing that can come, since {_length(now - wait.since)}: its code awaits an asyncio object that "
         "nothing of it will ever set; terminate it and mend the code."
     )
 
 
-def _wait_other(wait: Wait, now: int, around: Surroundings) -> str:
+def _wait_other(row: Row, wait: Wait, now: int, around: Surroundings) -> str:
     return f'waits in "{wait.step}"{_site(wait)} since {_length(now - wait.since)}.'
 
 

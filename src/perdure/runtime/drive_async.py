@@ -6,11 +6,15 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Any, Final
 
 from perdure.core.match import Line, Op
 from perdure.runtime.context import Operation
 from perdure.runtime.loop import RunLoop, RunTask
+
+
+survivors: Final[list[Any]] = []
+"""Code that would not be closed, kept for ever: dropped, the collector would run it in the middle of another run."""
 
 
 class AsyncDriver:
@@ -20,7 +24,7 @@ class AsyncDriver:
         self.line = line
         self.loop = RunLoop(line, started_at)  # type: ignore[abstract]  # what it cannot do is set from a list
         self.main: RunTask | None = None
-        self.survivors: list[Any] = []
+        self._generator: Generator[Any, Any, Any] | None = None
 
     def active(self) -> bool:
         return self.loop.inside == threading.get_ident()
@@ -42,7 +46,11 @@ class AsyncDriver:
 
     def start(self, body: Callable[[], Any], *, generator: bool) -> None:
         """Begin the main code; it runs with the next `run`."""
-        coroutine = _driven(body) if generator else body()
+        if generator:
+            self._generator = body()
+            coroutine = _driven(self._generator)
+        else:
+            coroutine = body()
         # From an empty context: what the caller's context holds would be there in the first life only.
         self.main = contextvars.Context().run(lambda: RunTask(coroutine, loop=self.loop, name="main"))
 
@@ -79,14 +87,30 @@ class AsyncDriver:
 
     def close(self) -> None:
         """Close what still runs; the context is dead, so it can begin nothing."""
+        if self.loop.closed:
+            return
+        if self.over and not self.line.replaying and not self.line.difference:
+            self.line.dead = False
+            self.loop.tell_unretrieved()
         self.line.dead = True
-        if not self.loop.closed:
-            self.survivors = self.loop.close_all()
+        survivors.extend(self.loop.close_all())
+        if self._generator is not None and not _generator_closed(self._generator):
+            survivors.append(self._generator)
 
 
-async def _driven(body: Callable[[], Generator[Any, Any, Any]]) -> Any:
+def _generator_closed(generator: Generator[Any, Any, Any]) -> bool:
+    for _ in range(10):
+        try:
+            generator.close()
+            return True
+        except BaseException:
+            # Whatever dying code raises has no one left to tell.
+            continue
+    return False
+
+
+async def _driven(generator: Generator[Any, Any, Any]) -> Any:
     """A generator workflow as a coroutine: each yielded operation is awaited, a yielded list is gathered."""
-    generator = body()
     try:
         try:
             wanted = generator.send(None)

@@ -33,7 +33,8 @@ _set_running_loop = asyncio_events._set_running_loop
 _enter_task = asyncio_tasks._enter_task
 _leave_task = asyncio_tasks._leave_task
 _unregister_task = asyncio_tasks._unregister_task
-_as_completed = getattr(asyncio_tasks, "__file__", "")
+_ENSURE_FUTURE: Final = ("ensure_future", "_ensure_future")
+"""The function through which asyncio makes tasks of bare coroutines: the second on Python 3.10 and 3.11."""
 
 
 class RunFuture(asyncio.Future):  # type: ignore[type-arg]
@@ -66,7 +67,7 @@ class RunTask(asyncio.Task):  # type: ignore[type-arg]
         # All first tasks of all runs have the same hash: in one global set they would be a long chain.
         _unregister_task(self)
         self._log_destroy_pending = False
-        loop.tasks[self] = None
+        loop.keep(self)
 
     def __hash__(self) -> int:
         return self.number
@@ -92,6 +93,7 @@ class RunLoop(asyncio.AbstractEventLoop):
         self.started_at = started_at
         self.ready: deque[asyncio.Handle] = deque()
         self.tasks: dict[RunTask, None] = {}
+        self.prune_at = 64
         self.count = 0
         self.inside = 0
         self.closed = False
@@ -148,6 +150,22 @@ class RunLoop(asyncio.AbstractEventLoop):
                     raise NeverRests(f"{MOST_CALLBACKS} callbacks without rest")
         finally:
             self.leave(before)
+
+    def keep(self, task: RunTask) -> None:
+        """Hold a task until it is done, so that the collector never closes one behind the code's back."""
+        self.tasks[task] = None
+        if len(self.tasks) >= self.prune_at:
+            self.tasks = {kept: None for kept in self.tasks if not kept.done()}
+            self.prune_at = max(64, 2 * len(self.tasks))
+
+    def tell_unretrieved(self) -> None:
+        """Log the exceptions that nobody asked for, once, at the end of the run."""
+        for task in self.tasks:
+            # asyncio's own mark, which its logging at the collection of a task goes by.
+            if task.done() and getattr(task, "_log_traceback", False):
+                self.call_exception_handler(
+                    {"message": "an exception in a task was never retrieved", "exception": task.exception()}
+                )
 
     def close_all(self) -> list[Any]:
         """Close every coroutine, newest task first; what survives ten tries is returned."""
@@ -212,7 +230,7 @@ class RunLoop(asyncio.AbstractEventLoop):
             coro.close()
             raise RuntimeError("This run has left memory: its code can begin nothing more.")
         frame = sys._getframe(1)
-        if frame.f_code.co_name == "ensure_future" and frame.f_globals.get("__name__") == "asyncio.tasks":
+        if frame.f_code.co_name in _ENSURE_FUTURE and frame.f_globals.get("__name__") == "asyncio.tasks":
             self._refuse_as_completed(frame, coro)
         if name is not None:
             extra["name"] = name
@@ -220,16 +238,16 @@ class RunLoop(asyncio.AbstractEventLoop):
             extra["name"] = f"task-{self.count + 1}"
         if context is not None:
             extra["context"] = context
-        extra.pop("eager_start", None)
         return RunTask(coro, loop=self, **extra)
 
     def _refuse_as_completed(self, frame: Any, coro: Any) -> None:
         """`as_completed` puts bare coroutines into a set, whose order is by address."""
         caller = frame.f_back
-        for _ in range(3):
+        for _ in range(4):
             if caller is None or caller.f_globals.get("__name__") != "asyncio.tasks":
                 return
-            if "as_completed" in caller.f_code.co_name or caller.f_code.co_name == "_AsCompletedIterator":
+            where = getattr(caller.f_code, "co_qualname", caller.f_code.co_name)
+            if where.startswith(("as_completed", "_AsCompletedIterator")):
                 coro.close()
                 raise TypeError(
                     "asyncio.as_completed over bare coroutines has no replayable order, because it puts them into a "

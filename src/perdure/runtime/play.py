@@ -104,12 +104,12 @@ class Play:
             line.open(event.at, number=start + 1, expected=events[start + 1 : stop], last=stop == len(events))  # type: ignore[arg-type]
             self._deliver(event, UNSET)
             line.close()
-            if self.line.difference is not None:
-                return
+            if self.end is not None and stop < len(events):
+                line.differ(stop + 1, events[stop], None, text=f"the run's end ({line.status})")
+            if line.difference is not None:
+                # An end that the record does not bear out is none.
+                self.end = None
             if self.over:
-                if stop < len(events):
-                    following = events[stop]
-                    line.differ(stop + 1, following, None, text=f"the run's end ({line.status})")
                 return
             if n % 64 == 63:
                 yield
@@ -157,8 +157,10 @@ class Play:
                 self._run()
                 if self._stopped():
                     return
+            # A second request does not interrupt the cleanup that the first one began.
+            asked_before = line.cancel_requested
             line.apply(event, value)
-            if type(event) is ev.CancelRequested:
+            if type(event) is ev.CancelRequested and not asked_before:
                 driver.cancel()
         self._run()
         if not self._stopped() and driver is not None and driver.wants_body and not self._rebuilding:
@@ -246,7 +248,6 @@ class Play:
         assert self._kept is not None
         self.driver.close()
         recorded, self._kept = self._kept, []
-        old = self.line
         self.line = Line(self.run.id)
         self.driver = None
         for _ in self.replay(recorded):
@@ -257,7 +258,6 @@ class Play:
             return
         # What the first life began is known to the worker; only this input's doing is new.
         line.commands, line.begun, line.dropped, line.starts = [], [], [], []
-        line.skipped = old.skipped
         self._rebuilding = True
         try:
             line.open(event.at)

@@ -312,9 +312,10 @@ class Resident:
 
     def tick(self) -> None:
         """A timer, a retry or a deadline may have come due."""
+        # Also where nothing is done now: a timer that is still thought to be set would never be set again.
+        self.timer_at = None
         if self.gone or self.rebuilding:
             return
-        self.timer_at = None
         self._wake_what_is_due()
         self.pump()
 
@@ -519,11 +520,11 @@ class Resident:
         if self.flight is not None or self.gone or self.rebuilding:
             return
         play = self.play
-        if play.end is not None:
-            self._close()
-            return
         if play.difference is not None:
             self._block(play.difference)
+            return
+        if play.end is not None:
+            self._close()
             return
         if play.restless:
             self._strike()
@@ -640,7 +641,6 @@ class Resident:
     def _block(self, difference: Any) -> None:
         """The code differs from the history: write nothing but that, with the report, and let others try."""
         self.blocked_tries += 1
-        back_off = min(FIRST_BACK_OFF * 2 ** min(self.blocked_tries - 1, 20), LAST_BACK_OFF)
         report = NonDeterminismError(
             self.this.id,
             difference.step,
@@ -655,7 +655,7 @@ class Resident:
         self._commit(
             Gathered(),
             status="blocked",
-            wake_at=self.shift.now() + back_off,
+            wake_at=self.shift.now() + back_off(self.blocked_tries),
             waits=json.dumps({"blocked": str(report), "tries": self.blocked_tries}),
             release=True,
         )
@@ -707,6 +707,8 @@ class Resident:
         self.written_waits = turn.waits
         if turn.status != RUNNING or self.key in self.shift.parked:
             self.shift.noted(self)
+        if self.key == self.shift.alone_with and turn.progress:
+            self.shift.no_longer_alone()
         if turn.closing:
             self.shift.ended(self, turn)
         elif turn.release:
@@ -840,6 +842,11 @@ class Resident:
 def out_of_time(message: str, cause: RecordedError | None = None) -> RecordedError:
     """The record of a step that did not end in time."""
     return RecordedError(type="TimeoutError", message=message, kind="timed_out", cause=cause)
+
+
+def back_off(tries: int) -> int:
+    """Microseconds until a blocked run is tried again, after so many tries: 1 s doubling to 5 min."""
+    return min(FIRST_BACK_OFF * 2 ** min(tries - 1, 20), LAST_BACK_OFF)
 
 
 def blocked_tries(waits: str) -> int:
