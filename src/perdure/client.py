@@ -156,9 +156,19 @@ class Core:
     async def _open(self) -> None:
         assert self.loop is not None
         self.readers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="perdure-reader")
-        self.store = await self.loop.run_in_executor(self.readers, functools.partial(open_store, self.given))
-        self.begin()
-        await self.serve()
+        try:
+            self.store = await self.loop.run_in_executor(self.readers, functools.partial(open_store, self.given))
+            self.begin()
+            await self.serve()
+        except BaseException:
+            # As if nobody had asked: the next who does tries again.
+            self.loop = self.opening = None
+            if self.thread is not None:
+                self.thread.stop()
+            if self.store is not None and self.store is not self.given:
+                self.store.close()
+            self.readers.shutdown(wait=False)
+            raise
         self.opened = True
 
     async def serve(self) -> None:
@@ -250,9 +260,9 @@ class Core:
 
     # --- ends ---
 
-    def run_ended(self, key: Key, turn: Turn) -> None:
+    def run_ended(self, key: Key, end: Turn | Row) -> None:
         """A run ended in this process: whoever waits for it knows at once."""
-        self.resolve(key, Ending(turn.status, turn.result, turn.error))
+        self.resolve(key, Ending(end.status, end.result, end.error))
 
     def resolve(self, key: Key, ending: Ending) -> None:
         """Tell everybody who waits for this run, and keep it for those who ask in a moment."""
@@ -706,6 +716,8 @@ class RunHandle(Generic[R]):
             )
             verdict = await core.write(functools.partial(_add_turn, turn))
             if not isinstance(verdict, Fenced):
+                if core.shift is not None:
+                    core.shift.forget(row.key)
                 core.resolve(row.key, Ending("terminated", None, turn.error))
                 return
             await asyncio.sleep(0.005)

@@ -203,12 +203,15 @@ class Worker:
             store, workflows, activities, namespace, queues, concurrency, threads, resident, lease, limits, name
         )
         self._stopping: asyncio.Event | None = None
+        self._stopped = False
         self._grace = GRACE
         self.drained = True
 
     async def run(self) -> None:
         """Serve until `stop()`, SIGTERM or SIGINT; then drain and hand the runs back. `drained` says if all ended."""
         self._stopping = asyncio.Event()
+        if self._stopped:
+            self._stopping.set()
         await self._core.open()
         loop = asyncio.get_running_loop()
         installed = []
@@ -234,5 +237,6 @@ class Worker:
     async def stop(self, grace: float = GRACE) -> None:
         """End `run()`: steps in flight get `grace` seconds, then the runs go back to others. Twice is once."""
         self._grace = duration(grace, "grace=").total_seconds()
+        self._stopped = True
         if self._stopping is not None:
             self._stopping.set()

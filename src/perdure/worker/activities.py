@@ -242,4 +242,6 @@ class ActivityRun:
         if self.shift.activities.get(self.row.key) is self:
             del self.shift.activities[self.row.key]
         if self.shift.alone_with == self.row.key:
-            self.shift.alone_with = None
+            self.shift.no_longer_alone()
+        if self.shift.wants_room:
+            self.shift.made_room()

@@ -10,9 +10,11 @@ from typing import Any, Final
 from perdure.core import events as ev
 from perdure.core import stored
 from perdure.core.errors import PerdureError
-from perdure.core.turn import Batch, Claim, Head
+from perdure.core.turn import Batch, Claim, Head, Turn
+from perdure.core.waits import Waits, waits_text
 from perdure.stores.contract import Store
-from perdure.worker.ending import STRIKES, end_without_code
+from perdure.worker.ending import end_without_code
+from perdure.worker.residents import back_off, blocked_tries
 from perdure.worker.shift import Shift
 
 log = logging.getLogger("perdure.worker")
@@ -21,6 +23,8 @@ SAFETY_POLL: Final = 1.0
 """Seconds between two looks when no hint comes."""
 MOST_CLAIMED: Final = 200
 """Runs in one claim: a batch that shares a transaction, and leaves some for others."""
+MOST_LOOKED_AT: Final = 1000
+"""Runs in memory of which one round asks whether they have ended elsewhere."""
 
 
 class Watcher:
@@ -29,25 +33,54 @@ class Watcher:
     def __init__(self, store: Store, shift: Shift) -> None:
         self.store = store
         self.shift = shift
+        self._more = False
+        self._unreadable: list[tuple[Head, PerdureError]] = []
 
     def step(self, timeout: float = SAFETY_POLL) -> int:
         """Wait at most `timeout`, then look once; how much was found."""
         shift = self.shift
-        self.store.wait(shift.incarnation, shift.settings.queues, timeout)
+        self.store.wait(shift.incarnation, shift.settings.queues, 0 if self._more else timeout)
         if shift.closed:
             return 0
         mail = self.store.mail(shift.incarnation) if shift.residents or shift.activities else []
         heads = self._claim()
         if heads or mail:
             shift._soon(shift.received, heads, mail)
+        while self._unreadable:
+            self._put_aside(*self._unreadable[-1])
+            self._unreadable.pop()
         return len(heads) + len(mail)
+
+    def _put_aside(self, head: Head, error: PerdureError) -> None:
+        """A run whose history cannot be read blocks, and is tried again later: by us, or by whoever can read it."""
+        row = head.row
+        tries = blocked_tries(row.waits) + 1
+        log.error("run %s cannot be read: %s", row.id, error)
+        turn = Turn(
+            run=row.key,
+            owner=self.shift.incarnation,
+            epoch=row.epoch,
+            version=row.version,
+            last=row.turn,
+            id=self.shift.turn_id(),
+            first_seq=row.history_events + 1,
+            status="blocked",
+            wake_at=self.store.now() + back_off(tries),
+            waits=waits_text(Waits(blocked=str(error), tries=tries)),
+            release=True,
+        )
+        self.store.write(Batch(turns=[turn]))
 
     def _claim(self) -> list[tuple[Head, Sequence[ev.Event]]]:
         shift = self.shift
+        self._more = False
+        # Said before it is looked at: what is freed from now on wakes us.
+        shift.wants_room = True
         room = min(shift.room, MOST_CLAIMED)
         if room <= 0:
             return []
-        shift.claiming = room
+        shift.claiming += room
+        found: list[tuple[Head, Sequence[ev.Event]]] = []
         try:
             heads = self.store.claim(
                 Claim(
@@ -61,16 +94,22 @@ class Watcher:
                     alone=shift.settings.alone or not (shift.executing or len(shift.residents) > len(shift.parked)),
                 )
             )
-            found: list[tuple[Head, Sequence[ev.Event]]] = []
             for head in heads:
                 events: Sequence[ev.Event] = ()
-                if head.row.kind == "workflow":
-                    events = [stored.decode(text) for text in self.store.history(head.row.key)]
-                found.append((head, events))
+                try:
+                    if head.row.kind == "workflow":
+                        events = [stored.decode(text) for text in self.store.history(head.row.key)]
+                except PerdureError as error:
+                    self._unreadable.append((head, error))
+                else:
+                    found.append((head, events))
+            # All that there was room for: there may be more.
+            shift.wants_room = len(heads) == room
+            self._more = shift.wants_room and room == MOST_CLAIMED
             return found
         finally:
-            if not shift.closed:
-                shift.claiming = 0
+            # What was claimed counts until it is received.
+            shift.claiming -= room - len(found)
 
 
 class Housekeeper:
@@ -79,6 +118,7 @@ class Housekeeper:
     def __init__(self, store: Store, shift: Shift) -> None:
         self.store = store
         self.shift = shift
+        self._place = 0
 
     def step(self) -> int:
         """One round; how many runs it moved."""
@@ -88,15 +128,26 @@ class Housekeeper:
             self.store.wake()
         moved = reaped.runs
         for row in self.store.overdue():
-            if row.strikes >= STRIKES:
-                status, reason = "quarantined", f"It killed its worker {row.strikes} times, the last time alone."
-            else:
+            if row.deadline_at is not None and row.deadline_at <= self.store.now():
                 status, reason = "timed_out", "It did not end before its timeout."
+            else:
+                status, reason = "quarantined", f"It killed its worker {row.strikes} times, the last time alone."
             turn = end_without_code(self.store, row, status, reason=reason, turn_id=self.shift.turn_id())
             self.store.write(Batch(turns=[turn]))
             moved += 1
+        self._look_for_ended()
         self.shift._soon(self._name_long_steps)
         return moved
+
+    def _look_for_ended(self) -> None:
+        """Find runs in memory here that somebody ended from outside: nothing else would tell us of them."""
+        keys = [*self.shift.residents, *self.shift.activities]
+        self._place = self._place if self._place < len(keys) else 0
+        looked = keys[self._place : self._place + MOST_LOOKED_AT]
+        self._place += MOST_LOOKED_AT
+        ended = self.store.ended(looked) if looked else []
+        if ended:
+            self.shift._soon(self.shift.ended_outside, self.store.rows(ended))
 
     def _name_long_steps(self) -> None:
         for resident in list(self.shift.residents.values()):

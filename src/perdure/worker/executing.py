@@ -146,11 +146,7 @@ class Executor:
         self._follow(execution, coroutine)
 
     def _follow(self, execution: Execution, awaitable: Any) -> None:
-        task = (
-            self.loop.create_task(_awaited(awaitable))
-            if not asyncio.iscoroutine(awaitable)
-            else (self.loop.create_task(awaitable))
-        )
+        task = self.loop.create_task(_awaited(awaitable))
         execution.task = task
         self._tasks.add(task)
         task.add_done_callback(functools.partial(self._ended, execution))
@@ -163,7 +159,10 @@ class Executor:
             execution.report(None, asyncio.CancelledError("the step's task was cancelled"))
             return
         error = task.exception()
-        execution.report(None if error is not None else task.result(), error)
+        value = None if error is not None else task.result()
+        if isinstance(value, _Left):
+            value, error = None, value.error
+        execution.report(value, error)
 
     async def leave_behind(self, patience: float) -> None:
         """Let tasks that were cancelled end; those that ignore it no longer hold the loop up, or its end."""
@@ -235,8 +234,18 @@ class Executor:
             log.debug("a step ended after its engine was closed")
 
 
+class _Left:
+    """A step called `sys.exit()`: its failure, not the end of the worker, as asyncio would have it."""
+
+    def __init__(self, error: SystemExit) -> None:
+        self.error = error
+
+
 async def _awaited(awaitable: Any) -> Any:
-    return await awaitable
+    try:
+        return await awaitable
+    except SystemExit as error:
+        return _Left(error)
 
 
 DEFAULT_THREADS: Final = 32

@@ -8,6 +8,7 @@ simulation; they hand what they found to `received` and `answered` here.
 from __future__ import annotations
 
 import heapq
+import itertools
 import logging
 import platform
 import secrets
@@ -99,7 +100,7 @@ class Shift:
         monotonic: Callable[[], float] = time.monotonic,
         random_hex: Callable[[int], str] = secrets.token_hex,
         spread: Callable[[], float] | None = None,
-        ended_run: Callable[[int, Turn], None] = lambda key, turn: None,
+        ended_run: Callable[[int, Turn | Row], None] = lambda key, end: None,
         read: Callable[[Callable[[], Any], Callable[[Any], None]], None] | None = None,
     ) -> None:
         self.store = store
@@ -130,10 +131,12 @@ class Shift:
         self.watched = Watched()
         self.claiming = 0
         self.alone_with: int | None = None
+        self.wants_room = False
         self._kick = kick
         self._kicked = False
         self._read = read if read is not None else self._read_in_thread
-        self._turns = 0
+        # Counted by `next`, which several threads may call.
+        self._turns = itertools.count(1)
         self._queue: deque[Callable[[], None]] = deque()
         self._held: list[Callable[[], None]] = []
         self._timers: list[tuple[int, int, Resident]] = []
@@ -234,7 +237,7 @@ class Shift:
 
     def received(self, heads: Sequence[tuple[Head, Sequence[ev.Event]]], mail: Sequence[Mail]) -> None:
         """Claimed runs with their histories, and unread mail of runs owned here."""
-        self.claiming = 0
+        self.claiming -= len(heads)
         for head, events in heads:
             if self.closed:
                 break
@@ -312,8 +315,7 @@ class Shift:
 
     def turn_id(self) -> str:
         """Never repeated: the incarnation is random, the number counts."""
-        self._turns += 1
-        return f"{self.incarnation}-{self._turns}"
+        return f"{self.incarnation}-{next(self._turns)}"
 
     def this_run(self, row: Row) -> ThisRun:
         """What a claimed run knows of itself."""
@@ -370,12 +372,15 @@ class Shift:
 
     def should_release(self, resident: Resident) -> bool:
         """Whether a parking run is one too many to keep in memory."""
-        return len(self.residents) > self.settings.resident or self.draining
+        # One that killed its worker twice, and waits, is taken up alone again.
+        return len(self.residents) > self.settings.resident or self.draining or self.alone_with == resident.key
 
     def noted(self, resident: Resident) -> None:
         """A commit came back: count parked runs, let long-waiting sync bodies give their threads back."""
         if resident.status == "waiting":
             self.parked.add(resident.key)
+            if self.wants_room:
+                self.made_room()
             if resident.workflow.style == "sync":
                 if self.threads.short:
                     resident.play.unwind()
@@ -399,8 +404,34 @@ class Shift:
             del self.residents[resident.key]
         self.parked.discard(resident.key)
         if self.alone_with == resident.key:
-            self.alone_with = None
+            self.no_longer_alone()
+        if self.wants_room:
+            self.made_room()
         resident.leave()
+
+    def ended_outside(self, rows: Sequence[Row]) -> None:
+        """Runs that somebody ended without their code (terminate, timeout): they leave memory, their steps end."""
+        for row in rows:
+            self.forget(row.key)
+            self.ended_run(row.key, row)
+
+    def forget(self, key: int) -> None:
+        """What was here under this key has ended elsewhere."""
+        if key in self.residents:
+            self.dropped(self.residents[key])
+        if key in self.activities:
+            self.activities[key].leave()
+
+    def made_room(self) -> None:
+        """Work was left in the store for want of room: fetch it when a quarter is free, so that claims stay batches."""
+        if self.room >= self.settings.concurrency:
+            self.wants_room = False
+            self.store.wake()
+
+    def no_longer_alone(self) -> None:
+        """The run under suspicion has made progress, or has left: there is room for others again."""
+        self.alone_with = None
+        self.store.wake()
 
     def lost(self, resident: Resident) -> None:
         """Somebody else has the run now: a normal day."""
