@@ -72,6 +72,12 @@ class Follower:
             self._print(f"run {row.id} of workflow {row.workflow} {goes_on}", "bold")
         taken = self._steps.taken
         texts = await core.read(functools.partial(core.store.history, row.key, taken))
+        if taken == 0 and len(texts) > 1:
+            # What was there before we came: each step once, as it is.
+            self._steps.take(stored.decode(text) for text in texts)
+            for step in self._steps.by_id.values():
+                self._print(f"  = {_words(step)}", "dim")
+            return row
         for text in texts:
             for step in self._steps.take([stored.decode(text)]):
                 self._print(f"  {_SIGNS.get(step.state, '.')} {_words(step)}", _STYLES.get(step.state, ""))

@@ -37,30 +37,32 @@ def _ended(row: Row, now: int, around: Surroundings) -> str:
 
 
 def _scheduled(row: Row, now: int, around: Surroundings) -> str:
-    return f"Run {row.id} starts at {_at(row.wake_at)}, in {_length((row.wake_at or now) - now)}; cancel it to stop that."
+    return (
+        f"Run {row.id} starts at {_at(row.wake_at)}, in {_length((row.wake_at or now) - now)}; cancel it to stop that."
+    )
 
 
 def _ready(row: Row, now: int, around: Surroundings) -> str:
-    since = _length(now - row.created_at)
+    # A run that was begun has lost its worker since; nothing tells when, so its age would mislead.
+    begun = row.started_at is not None
+    since = f"since {_length(now - row.created_at)}"
+    run = f"Run {row.id}, begun {_length(now - (row.started_at or now))} ago," if begun else f"Run {row.id}"
     what = "workflow" if row.kind == "workflow" else "activity"
     if row.workflow not in around.served:
+        waits = "waits for another worker" if begun else f"waits for a worker {since}"
         if row.workflow in around.announced:
             return (
-                f'Run {row.id} waits for a worker since {since}: none that serves {what} "{row.workflow}" lives now; '
-                f"start one with `perdure worker`."
+                f'{run} {waits}: none that serves {what} "{row.workflow}" lives now; start one with `perdure worker`.'
             )
-        return (
-            f'Run {row.id} waits for a worker since {since}: nobody has ever announced {what} "{row.workflow}"; '
-            "start a worker that serves it."
-        )
+        return f'{run} {waits}: nobody has ever announced {what} "{row.workflow}"; start a worker that serves it.'
     if row.strikes >= 2:
         return (
-            f"Run {row.id} waits since {since} to be executed alone, because it killed its worker {row.strikes} times; "
+            f"{run} waits to be executed alone, because it killed its worker {row.strikes} times; "
             "a worker takes it when nothing else of its is executing."
         )
     return (
-        f'Run {row.id} waits for room in a worker since {since}: workers serve "{row.workflow}" on queue '
-        f'"{row.queue}"; more workers would take it sooner.'
+        f'{run} waits for room in a worker{"" if begun else f" {since}"}: workers serve "{row.workflow}", '
+        f'and one that serves queue "{row.queue}" takes it; more workers would take it sooner.'
     )
 
 
@@ -69,19 +71,24 @@ def _held(row: Row, now: int, around: Surroundings) -> str:
 
 
 def _running(row: Row, now: int, around: Surroundings) -> str:
-    by = f"worker {around.worker}" if around.worker else "a worker that no longer answers"
-    waits = read_waits(row.waits)
-    for wait in waits.waits:
-        if wait.kind == "step":
+    step = next((wait for wait in read_waits(row.waits).waits if wait.kind == "step"), None)
+    if step is not None:
+        doing = f'step "{step.step}"{_site(step)}, attempt {step.attempt}{_of(step)}'
+        if around.worker is None:
             return (
-                f'Run {row.id} is running step "{wait.step}"{_site(wait)}, attempt {wait.attempt}'
-                f"{_of(wait)}, in {by} since {_length(now - wait.since)}; it goes on when the step's function returns."
+                f"Run {row.id} was running {doing}, in a worker that no longer answers; another worker takes the run "
+                "over when that one is known to be dead, and repeats the step."
             )
+        return (
+            f"Run {row.id} is running {doing}, in worker {around.worker} since {_length(now - step.since)}; "
+            "it goes on when the step's function returns."
+        )
     if around.worker is None:
         return (
-            f"Run {row.id} was being executed by {by}; another worker takes it over when that one's lease has run out."
+            f"Run {row.id} was being executed by a worker that no longer answers; another worker takes it over when "
+            "that one is known to be dead."
         )
-    return f"Run {row.id} is being executed by {by}; nothing has to be done."
+    return f"Run {row.id} is being executed by worker {around.worker}; nothing has to be done."
 
 
 def _blocked(row: Row, now: int, around: Surroundings) -> str:
@@ -107,9 +114,10 @@ def _unknown(row: Row, now: int, around: Surroundings) -> str:
 def _waiting(row: Row, now: int, around: Surroundings) -> str:
     waits = read_waits(row.waits)
     if row.owner is None and row.workflow not in around.served and around.mail:
+        number = len(around.mail)
         return (
-            f"Run {row.id} has {len(around.mail)} unread message(s), but no worker that serves \"{row.workflow}\" lives; "
-            "start one with `perdure worker`."
+            f"Run {row.id} has {number} unread {'message' if number == 1 else 'messages'}, but no worker that serves "
+            f'"{row.workflow}" lives now; start one with `perdure worker`.'
         )
     if waits.restless:
         return (
@@ -117,7 +125,9 @@ def _waiting(row: Row, now: int, around: Surroundings) -> str:
             f"{_length((row.wake_at or now) - now)}; put what takes long into a step."
         )
     if not waits.waits:
-        return f"Run {row.id} waits; its next turn is due {_due(row.wake_at, now)}."
+        if row.wake_at is None:
+            return f"Run {row.id} waits; its worker has not written yet what for."
+        return f"Run {row.id} waits for its next turn ({_due(row.wake_at, now)}); only time moves it."
     first = waits.waits[0]
     sentence = f"Run {row.id} {_WAITS.get(first.kind, _wait_other)(row, first, now, around)}"
     others = len(waits.waits) - 1 + waits.more
@@ -170,7 +180,8 @@ def _wait_activity(row: Row, wait: Wait, now: int, around: Surroundings) -> str:
 def _wait_retry(row: Row, wait: Wait, now: int, around: Surroundings) -> str:
     return (
         f'waits to try step "{wait.step}"{_site(wait)} again, attempt {wait.attempt}{_of(wait)}, '
-        f"{_due(wait.until, now)}; the last attempt failed with {wait.error or 'an error'}."
+        f"{_due(wait.until, now)}; the last attempt failed with "
+        f"{wait.error or 'an error'}; only time, or a cancel, moves it."
     )
 
 
@@ -198,7 +209,7 @@ _BY_STATUS = {
     "blocked": _blocked,
     "quarantined": _quarantined,
     "paused": _paused,
-    **{s: _ended for s in ("completed", "failed", "cancelled", "terminated", "timed_out", "continued")},
+    **dict.fromkeys(("completed", "failed", "cancelled", "terminated", "timed_out", "continued"), _ended),
 }
 
 _WAITS = {
@@ -226,8 +237,8 @@ def _at(at: int | None) -> str:
 
 def _due(at: int | None, now: int) -> str:
     if at is None:
-        return "never"
-    return f"in {_length(at - now)}" if at > now else f"since {_length(now - at)}"
+        return "at no known time"
+    return f"in {_length(at - now)}" if at > now else f"due since {_length(now - at)}"
 
 
 def _length(micros: int) -> str:
