@@ -165,7 +165,7 @@ class Core:
             self.loop = self.opening = None
             if self.thread is not None:
                 self.thread.stop()
-            if self.store is not None and self.store is not self.given:
+            if self.store is not None and self.store is not self.given:  # type: ignore[redundant-expr]
                 self.store.close()
             self.readers.shutdown(wait=False)
             raise

@@ -11,12 +11,14 @@ import asyncio
 import json
 import logging
 import os
+import random
 import sys
 import time
 from typing import Any
 
 import perdure.engine
 from perdure import Context, Retry, StepFailed, Worker, activity, current_step, workflow
+from perdure.worker.lease import Heartbeat
 
 SOON = Retry(max_attempts=4, first_delay=0.02)
 _ledger = -1
@@ -51,14 +53,14 @@ def note(what: str) -> None:
 
 async def effect(value: int) -> int:
     note("begin")
-    await asyncio.sleep(0.004)
+    await asyncio.sleep(random.uniform(0, 0.04))
     note("end")
     return value + 1
 
 
 def sync_effect(value: int) -> int:
     note("begin")
-    time.sleep(0.004)
+    time.sleep(random.uniform(0, 0.02))
     note("end")
     return value * 2
 
@@ -75,7 +77,7 @@ async def flaky(value: int) -> int:
 @activity(queue="remote", retry=SOON)
 async def remote(value: int) -> int:
     note("begin")
-    await asyncio.sleep(0.004)
+    await asyncio.sleep(random.uniform(0, 0.04))
     note("end")
     return value + 100
 
@@ -191,6 +193,9 @@ async def main(url: str, ledger: str, settings: dict[str, Any]) -> int:
     global _ledger, _worker
     _ledger = os.open(ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     perdure.engine.GRACE = settings.pop("grace", perdure.engine.GRACE)
+    if settings.pop("heartless", False):
+        # It lives, but nobody can tell.
+        Heartbeat.start = lambda self: None  # type: ignore[method-assign]
     module = sys.modules[__name__]
     _worker = Worker(url, workflows=[module], activities=[module], name=str(os.getpid()), **settings)
     await _worker.run()
@@ -199,4 +204,5 @@ async def main(url: str, ledger: str, settings: dict[str, Any]) -> int:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(name)s %(message)s")
+    logging.getLogger("perdure.worker").setLevel(logging.DEBUG)
     sys.exit(asyncio.run(main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))))

@@ -159,7 +159,7 @@ class Executor:
             execution.report(None, asyncio.CancelledError("the step's task was cancelled"))
             return
         error = task.exception()
-        value = None if error is not None else task.result()
+        value: Any = None if error is not None else task.result()
         if isinstance(value, _Left):
             value, error = None, value.error
         execution.report(value, error)

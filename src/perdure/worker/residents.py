@@ -846,7 +846,7 @@ def out_of_time(message: str, cause: RecordedError | None = None) -> RecordedErr
 
 def back_off(tries: int) -> int:
     """Microseconds until a blocked run is tried again, after so many tries: 1 s doubling to 5 min."""
-    return min(FIRST_BACK_OFF * 2 ** min(tries - 1, 20), LAST_BACK_OFF)
+    return min(FIRST_BACK_OFF << min(tries - 1, 20), LAST_BACK_OFF)
 
 
 def blocked_tries(waits: str) -> int:
