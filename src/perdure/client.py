@@ -46,9 +46,9 @@ from perdure.core.turn import (
     Address,
     Announced,
     Begun,
+    Committed,
     Conflict,
     Existing,
-    Fenced,
     Finished,
     Key,
     Mail,
@@ -153,6 +153,11 @@ class Core:
             assert self.opening is not None
             await asyncio.shield(self.opening)
 
+    @property
+    def ready(self) -> bool:
+        """Whether it is open, and asked on its own loop: what `open` would find out with more ceremony."""
+        return self.opened and not self.closed and self.loop is _get_running_loop()
+
     async def _open(self) -> None:
         assert self.loop is not None
         self.readers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="perdure-reader")
@@ -234,7 +239,8 @@ class Core:
 
     async def write(self, add: Callable[[Committer, Callable[[Any], None]], None]) -> Any:
         """Add something to the next batch and wait for its verdict; store errors are raised."""
-        await self.open()
+        if not self.ready:
+            await self.open()
         assert self.loop is not None
         assert self.committer is not None
         future: asyncio.Future[Any] = self.loop.create_future()
@@ -412,7 +418,8 @@ class Client:
         IdempotencyConflict. Calling again with the same id or key gives the same run.
         """
         core = self._core
-        await core.open()
+        if not core.ready:
+            await core.open()
         target, name, input, queue, timeout = await self._prepared(workflow, args, kwargs)
         options = self._options
         store = core.store
@@ -560,6 +567,7 @@ class Client:
 
 
 _ANY: Final = plan()
+_get_running_loop = asyncio._get_running_loop
 
 
 def _no_codec(codec: Any) -> None:
@@ -595,7 +603,8 @@ class RunHandle(Generic[R]):
 
     async def _result(self) -> R:
         core = self._core
-        await core.open()
+        if not core.ready:
+            await core.open()
         if self._key is None or (
             self._key not in core.recent and (core.shift is None or self._key not in core.shift.residents)
         ):
@@ -715,7 +724,7 @@ class RunHandle(Generic[R]):
                 )
             )
             verdict = await core.write(functools.partial(_add_turn, turn))
-            if not isinstance(verdict, Fenced):
+            if isinstance(verdict, Committed):
                 if core.shift is not None:
                     core.shift.forget(row.key)
                 core.resolve(row.key, Ending("terminated", None, turn.error))

@@ -130,14 +130,13 @@ class Executor:
         """Run the execution's function where it belongs."""
         call = execution.call
         if is_async(call.fn):
-            context = call.context.copy()
-            context.run(_current.set, execution.info)
-            context.run(self._begin_task, execution)
+            call.context.copy().run(self._begin_task, execution)
         else:
             self.in_thread(self.job(execution))
 
     def _begin_task(self, execution: Execution) -> None:
         call = execution.call
+        _current.set(execution.info)
         try:
             coroutine = call.fn(*call.args, **call.kwargs)
         except BaseException as error:

@@ -250,7 +250,7 @@ class Resident:
             message = getattr(event, "message", None)
             if message is not None:
                 self.known_mail.add(message)
-        self._replay(iter(self.play.replay(events)), mail, ())
+        self._replay(self.play.replay(events), mail, ())
 
     def _replay(self, steps: Any, mail: Sequence[Mail], again: Sequence[Again]) -> None:
         if self.gone:
@@ -716,10 +716,11 @@ class Resident:
                 self.shift.blocked(self)
             self.shift.dropped(self)
         else:
-            if self.blocked_tries:
-                self.blocked_tries = 0
+            self.blocked_tries = 0
             self._act(gathered)
-            self.settle()
+            # What has not changed since the turn was closed needs no look.
+            if self.open.events or self.open.begun or self.play.over or self.inbox or turn.status != RUNNING:
+                self.settle()
 
     def _act(self, gathered: Gathered) -> None:
         """What the acknowledged turn caused may now leave the run."""
