@@ -95,6 +95,9 @@ class Store(Protocol):
     def mailbox(self, run: Key) -> list[Mail]:
         """Unread mail of one run, in order."""
 
+    def owned(self, incarnation: str) -> list[Key]:
+        """The runs this incarnation owns, in no order: also those of which its answer was lost on the way."""
+
     def run(self, namespace: str, id: str) -> Row | None:
         """The newest generation of a public run id."""
 

@@ -415,6 +415,10 @@ class MemoryStore:
         with self._transaction():
             return list(self._runs[run].unread.values()) if run in self._runs else []
 
+    def owned(self, incarnation: str) -> list[Key]:
+        with self._transaction():
+            return sorted(self._owned.get(incarnation, ()))
+
     def run(self, namespace: str, id: str) -> Row | None:
         with self._transaction():
             found = self._newest_of(namespace, id)

@@ -230,7 +230,7 @@ def _outcome(op: Op, rng: random.Random, now: int) -> ev.Input:
         return ev.StepCompleted(**facts, value=value)
     if luck < 0.85 or op.attempt >= 3:
         return ev.StepFailed(**facts, error=error)
-    return ev.AttemptFailed(**facts, error=error, retry_at=now + 2 * SECOND)
+    return ev.AttemptFailed(**facts, error=error, retry_at=now + (2 << (op.attempt - 1)) * SECOND)
 
 
 def give(tape: Tape, event: ev.Input) -> None:

@@ -119,6 +119,8 @@ class Housekeeper:
         self.store = store
         self.shift = shift
         self._place = 0
+        self._account_at = shift.monotonic() + shift.settings.lease
+        self._strays: dict[int, tuple[int, int]] = {}
 
     def step(self) -> int:
         """One round; how many runs it moved."""
@@ -136,6 +138,7 @@ class Housekeeper:
             self.store.write(Batch(turns=[turn]))
             moved += 1
         self._look_for_ended()
+        moved += self._hand_strays_back()
         self.shift._soon(self._name_long_steps)
         return moved
 
@@ -148,6 +151,46 @@ class Housekeeper:
         ended = self.store.ended(looked) if looked else []
         if ended:
             self.shift._soon(self.shift.ended_outside, self.store.rows(ended))
+
+    def _hand_strays_back(self) -> int:
+        """Find runs that are ours and not in memory, once in a lease: the answer to a claim or start was lost.
+
+        Nobody else would ever take them, because we live. One that is seen twice goes back, by a fenced turn: so a
+        late answer does no harm.
+        """
+        shift = self.shift
+        now = shift.monotonic()
+        if now < self._account_at and not self._strays:
+            return 0
+        self._account_at = now + shift.settings.lease
+        unknown = [
+            key
+            for key in self.store.owned(shift.incarnation)
+            if key not in shift.residents and key not in shift.activities
+        ]
+        rows = [row for row in self.store.rows(unknown[:MOST_LOOKED_AT]) if row.owner == shift.incarnation]
+        seen, self._strays = self._strays, {row.key: (row.epoch, row.version) for row in rows}
+        turns = [
+            Turn(
+                run=row.key,
+                owner=row.owner,
+                epoch=row.epoch,
+                version=row.version,
+                last=row.turn,
+                id=shift.turn_id(),
+                first_seq=row.history_events + 1,
+                status="ready" if row.status == "running" else row.status,
+                wake_at=row.wake_at,
+                waits=row.waits,
+                release=True,
+            )
+            for row in rows
+            if seen.get(row.key) == (row.epoch, row.version)
+        ]
+        if turns:
+            log.info("%d runs whose claim or start was not answered were handed back", len(turns))
+            self.store.write(Batch(turns=turns))
+        return len(turns)
 
     def _name_long_steps(self) -> None:
         for resident in list(self.shift.residents.values()):

@@ -22,7 +22,7 @@ STRIKES = 3
 
 
 def end_without_code(store: Store, row: Row, status: str, *, reason: str, turn_id: str) -> Turn:
-    """The turn that ends this run as it is now; `Fenced` if it changes before the turn is written."""
+    """The turn that ends this run as it is now; `Fenced` or `MoreMail` if it changes before the turn is written."""
     names = {"terminated": "Terminated", "timed_out": "TimedOut", "quarantined": "Quarantined"}
     error = RecordedError(type=names[status], message=reason)
     unread = tuple(mail.id for mail in store.mailbox(row.key))
@@ -57,9 +57,10 @@ def end_without_code(store: Store, row: Row, status: str, *, reason: str, turn_i
         id=turn_id,
         first_seq=row.history_events + 1,
         events=events,
+        # Taken, because `ended` lists them: what comes after this look must be listed too, so it is not forced.
+        consumed=unread if ended else (),
         status=status,
         closing=ended,
-        forced=ended,
         waits="" if ended else waits_text(Waits(restless=reason)),
         error=msgspec.json.encode(error).decode(),
         sends=sends,

@@ -53,6 +53,10 @@ SELECT max(position) FROM perdure_mail INDEXED BY perdure_mail_owner WHERE owner
 SELECT json_group_array(/* message */) FROM perdure_mail AS mail INDEXED BY perdure_mail_unread
 WHERE mail.unread = 1 AND mail.run IN (SELECT value FROM json_each(?));
 
+-- name: owned
+-- The runs of one incarnation.
+SELECT json_group_array(key) FROM perdure_runs INDEXED BY perdure_runs_owner WHERE owner = ?;
+
 -- name: ended
 -- Which runs of a list have ended or are quarantined.
 SELECT json_group_array(key) FROM perdure_runs

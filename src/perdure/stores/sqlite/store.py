@@ -297,6 +297,9 @@ class SQLiteStore:
         mail.sort(key=lambda message: message.position)
         return mail
 
+    def owned(self, incarnation: str) -> list[Key]:
+        return _keys(self._ask("owned", (incarnation,))[0])
+
     def run(self, namespace: str, id: str) -> Row | None:
         found = self._ask("newest", (namespace, id))
         return None if found is None else _row(found[0])

@@ -73,6 +73,13 @@ class ReadingPromises:
             (two.run, "c"),
         ]
 
+    def test_an_owner_finds_what_it_owns(self, store: Store) -> None:
+        holder = held(store, "mine")
+        given_up = held(store, "given-up")
+        given_up.commits(status="waiting", release=True)
+        assert store.owned("worker") == [holder.run]
+        assert store.owned("nobody") == []
+
     def test_a_run_given_up_is_nobodys_mail(self, store: Store) -> None:
         holder = held(store)
         sending(store, holder.run)
