@@ -19,7 +19,7 @@ from typing import Final
 ROOT: Final = Path(__file__).parents[2]
 README: Final = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK: Final = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-END: Final = "--- end of this command's output ---"
+END: Final = "--- here ends what the command printed ---"
 
 
 def test_the_commands_show_what_the_readme_shows(tmp_path: Path) -> None:

@@ -24,11 +24,12 @@ _STYLES: Final = {"done": "green", "failed": "red", "cancelled": "yellow", "retr
 
 
 class Follower:
-    """One run that is followed from its start, or from where it was."""
+    """One run that is followed from its start, or, if it was created before `since`, from where it was."""
 
-    def __init__(self, core: Core, handle: RunHandle[Any]) -> None:
+    def __init__(self, core: Core, handle: RunHandle[Any], *, since: int) -> None:
         self._core = core
         self._handle = handle
+        self._since = since
         self._steps = Steps()
         self._begun = False
         self._shown: set[str] = set()
@@ -68,11 +69,11 @@ class Follower:
         row = await core.row(self._handle.id)
         if not self._begun:
             self._begun = True
-            goes_on = "goes on" if row.history_events > 1 else "begins"
-            self._print(f"run {row.id} of workflow {row.workflow} {goes_on}", "bold")
+            begins = "begins" if row.created_at >= self._since else "goes on"
+            self._print(f"run {row.id} of workflow {row.workflow} {begins}", "bold")
         taken = self._steps.taken
         texts = await core.read(functools.partial(core.store.history, row.key, taken))
-        if taken == 0 and len(texts) > 1:
+        if taken == 0 and row.created_at < self._since:
             # What was there before we came: each step once, as it is.
             self._steps.take(stored.decode(text) for text in texts)
             for step in self._steps.by_id.values():

@@ -80,8 +80,9 @@ def command(
         assert isinstance(core, _Serves)
         try:
             await core.open()
+            since = core.store.now()
             handle = await _start(starting, workflow, args, kwargs)
-            follower = Follower(core, handle)
+            follower = Follower(core, handle, since=since)
             try:
                 return await _to_the_end(
                     handle, follower, asked, timeout, lambda: _how_to_go_on(where, target, arguments, handle.id)
