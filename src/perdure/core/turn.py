@@ -15,8 +15,8 @@ Key = int
 """A run inside one store, given by the store at its start; no event and no reader sees it."""
 
 
-class _Fact(msgspec.Struct, frozen=True, kw_only=True):
-    """A fact; built by name, never changed."""
+class _Fact(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A fact; built by name, never changed. It holds no cycle, so the collector need not look at it."""
 
 
 # --- asked for ----------------------------------------------------------------------------------------
