@@ -26,7 +26,7 @@ from perdure.core.errors import (
 )
 from perdure.core.turn import Batch, Begun, Committed, Fenced, Kept, Send, Unstorable
 from perdure.stores.sqlite import SQLiteStore, connections, gate, writing
-from tests.integration.sqlite_story import announced, first_turn, start, started, taking
+from tests.integration.sqlite_story import announced, claiming, first_turn, start, started, taking
 
 
 @pytest.fixture
@@ -173,6 +173,7 @@ def test_a_locked_file_is_waited_for_and_then_named(store: SQLiteStore, path: Pa
     assert isinstance(caught.value.__cause__, sqlite3.OperationalError)
     assert store.heartbeat("w") is not None  # no write lock keeps a worker from living
     assert store.run("default", "a") is None
+    assert claiming(store) == []  # finding nothing needs no lock
     other.execute("ROLLBACK")
     started(store, "a")
     other.close()
@@ -394,6 +395,16 @@ def test_parent_and_child_go_on_with_the_same_store(store: SQLiteStore, path: Pa
     db = sqlite3.connect(path)
     assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     db.close()
+
+
+def test_no_connection_is_carried_over_a_fork(store: SQLiteStore) -> None:
+    writer = store._opened_writer()
+    store.run("default", "a")
+    [reader] = store._idle
+    assert in_a_fork(lambda: None) == 0
+    for connection in (writer, reader):
+        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+            connection.execute("SELECT 1")
 
 
 def test_an_incarnation_stays_the_parents(store: SQLiteStore) -> None:

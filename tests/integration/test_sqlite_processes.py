@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 from perdure.core.turn import Batch, Fenced, Reaped
 from perdure.stores.sqlite import SQLiteStore
+from perdure.stores.sqlite.gate import TURN, Gate
 from perdure.testing.conformance import Clock
 from tests.integration.sqlite_story import (
     announced,
@@ -109,6 +112,80 @@ def test_closing_one_store_does_not_kill_the_incarnations_of_another(store: SQLi
     closed(other)
 
 
+def test_closing_the_last_store_does_not_either(store: SQLiteStore, path: Path) -> None:
+    store.close()
+    other = another_process("print(SQLiteStore(sys.argv[1]).reap().workers)", path)
+    assert line_of(other) == "0"
+    closed(other)
+    again = SQLiteStore(path)
+    assert again.heartbeat("w") is not None
+    again.retire("w")
+    again.close()
+
+
+def test_a_file_that_took_the_number_of_another_has_its_own_gate(store: SQLiteStore, path: Path) -> None:
+    store.close()  # its incarnation lives on
+    moved = path.with_name("moved.db")
+    path.rename(moved)
+    second = SQLiteStore(moved)
+    started(second, "a")
+    second.close()
+    assert Path(f"{moved}-gate").exists()
+
+
+def test_a_forked_child_can_tell_that_its_parent_has_died(store: SQLiteStore, path: Path) -> None:
+    code = """
+store = SQLiteStore(sys.argv[1])
+announced(store, "other")
+parent = os.getpid()
+if os.fork() == 0:
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    print(store.reap().workers, flush=True)
+    os._exit(0)
+print("here", flush=True)
+sys.stdin.read()
+"""
+    other = another_process(code, path)
+    assert line_of(other) == "here"
+    other.kill()
+    assert line_of(other) == "1"
+    closed(other)
+
+
+def test_who_leaves_the_gate_does_not_come_in_again_before_who_waits(path: Path) -> None:
+    code = """
+from perdure.stores.sqlite.gate import Gate
+gate = Gate(sys.argv[1])
+print("here", flush=True)
+assert gate.enter(time.monotonic() + 20)
+open(sys.argv[1] + ".been", "w").close()
+gate.leave()
+"""
+    gate = Gate(f"{path}-gate")
+    assert gate.enter(time.monotonic() + 5)
+    other = another_process(code, gate.path)
+    assert line_of(other) == "here"
+    while _is_free(gate, TURN):
+        time.sleep(0.01)
+    gate.leave()
+    assert gate.enter(time.monotonic() + 20)
+    assert Path(f"{gate.path}.been").exists()
+    gate.leave()
+    gate.close()
+    closed(other)
+
+
+def _is_free(gate: Gate, byte: int) -> bool:
+    assert gate._file is not None
+    try:
+        fcntl.lockf(gate._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+    except OSError:
+        return False
+    fcntl.lockf(gate._file, fcntl.LOCK_UN, 1, byte)
+    return True
+
+
 def test_a_child_of_a_killed_process_does_not_keep_it_alive(store: SQLiteStore, path: Path) -> None:
     code = """
 store = SQLiteStore(sys.argv[1])
@@ -144,7 +221,9 @@ def test_the_file_of_beats_may_be_removed_without_anybody_owning_a_run_twice(sto
     assert store.heartbeat("w") is None
     announced(store, "new life")
     closed(other)
-    assert store.reap().workers == 1
+    third = another_process("print(SQLiteStore(sys.argv[1]).reap().workers)", path)
+    assert line_of(third) == "1"  # the killed one, and not the new life
+    closed(third)
     assert store.heartbeat("new life") is not None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import sqlite3
 import stat
@@ -12,6 +14,9 @@ from urllib.parse import quote
 from perdure.core.errors import NotAStore, StoreReadOnly, StoreUnavailable, quoted
 from perdure.stores.sqlite import gate
 
+log = logging.getLogger(__name__)
+
+MENDED: Final = (3, 51, 3)
 OLDEST: Final = (3, 35, 0)  # UPDATE … FROM with everything the statements here use
 SYNCHRONOUS: Final = {"full": "FULL", "normal": "NORMAL"}
 CHECKPOINT_PAGES: Final = 1_000
@@ -29,6 +34,17 @@ def check_machine() -> None:
         raise NotAStore(
             "A SQLite store needs fcntl locks, and this platform has none. They tell which worker has died. "
             "Run on Linux or macOS (on Windows: in WSL), or use a store of another kind."
+        )
+
+
+@functools.cache
+def note_version() -> None:
+    """Say it once if this SQLite has the WAL-reset bug: a writer beside a checkpoint can damage the file."""
+    if sqlite3.sqlite_version_info < MENDED:
+        log.info(
+            "SQLite %s can damage a file when one process writes while another checkpoints; 3.51.3 cannot. Perdure's "
+            "processes never do both at once. If other programs write to the same file, use a newer Python or SQLite.",
+            sqlite3.sqlite_version,
         )
 
 

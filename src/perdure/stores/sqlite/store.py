@@ -88,6 +88,7 @@ class SQLiteStore:
         if durability not in connections.SYNCHRONOUS:
             raise ValueError(f'durability={durability!r} is neither "full" nor "normal"')
         connections.check_machine()
+        connections.note_version()
         self.url = f"sqlite:///{quote(given)}"
         self.durability = connections.CLASSES[durability]
         self._path: Final = os.path.realpath(given)
@@ -381,15 +382,17 @@ class SQLiteStore:
             self._place.bell.changed.notify_all()
 
     def close(self) -> None:
-        self._closed = True
-        self.wake()
-        entered = self._place.gate.enter(time.monotonic() + 1)
-        try:
-            self.release_connections()
-        finally:
-            if entered:
-                self._place.gate.leave()
-        self._place.leave(self)
+        if not self._closed:
+            self._closed = True
+            self.wake()
+            # Closing the last connection of all checkpoints the log: like every checkpoint of ours, inside the gate.
+            writes = self._writer is not None and self._place.gate.enter(time.monotonic() + 1)
+            try:
+                self.release_connections()
+            finally:
+                if writes:
+                    self._place.gate.leave()
+                self._place.leave(self)
 
     # --- what all of it needs ---
 
