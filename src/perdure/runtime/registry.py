@@ -60,8 +60,13 @@ class Workflow(Generic[P, R]):
         self.name = check_name(name if name is not None else fn.__name__, "the name of a workflow")
         self.queue = check_name(queue, "queue=")
         self.timeout = None if timeout is None else duration(timeout, "timeout=", zero=False)
+        if on_failure is not None or (retry is not None and retry.max_attempts != 1):
+            raise ValueError(
+                f"@workflow(on_failure=…) and a second attempt of a whole run come with a later version (given for "
+                f"{self.name}). A run has one attempt now, its steps have their own Retry. Catch StepFailed in the "
+                "workflow to clean up."
+            )
         self.retry = retry if retry is not None else Retry(max_attempts=1)
-        self.on_failure = on_failure
         self.style: Style = style_of(fn)
         self.place = place_of(fn)
         self.signature = signature_of(fn, name=self.name)
