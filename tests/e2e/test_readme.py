@@ -85,6 +85,8 @@ def commands(text: str) -> Iterator[tuple[str, str]]:
 
 def alike(text: str) -> list[str]:
     """What two runs of a command have in common."""
+    # A shell that nobody types into says more about a command that was killed.
+    text = re.sub(r"^bash: line .* Killed .*$", "Killed", text, flags=re.MULTILINE)
     text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "DATE", text)
     text = re.sub(r"\d+(\.\d+)? (ms|s|min|h|d)\b( \d+ (s|min|h))?", "TIME", text)
     return [re.sub(" +", " ", line).strip() for line in text.strip().splitlines()]

@@ -16,6 +16,7 @@ import click
 
 from perdure.cli.words import Wrong
 from perdure.client import Client
+from perdure.core.errors import NotAStore
 from perdure.stores.opening import DEFAULT, VARIABLE
 
 T = TypeVar("T")
@@ -81,4 +82,9 @@ def ask(where: Where, question: Callable[[Client], Awaitable[T]], *, create: boo
         async with client:
             return await question(client)
 
-    return asyncio.run(asked())
+    try:
+        return asyncio.run(asked())
+    except NotAStore as error:
+        # The URL is shown as it was written, without what `existing` added.
+        text = str(error).replace("&create=false", "").replace("?create=false", "")
+        raise NotAStore(text, store=error.store) from error

@@ -21,7 +21,7 @@ from perdure.engine import GRACE, Worker
 from perdure.runtime.registry import Registry
 from perdure.stores.opening import open_store
 
-BEYOND_GRACE: Final = 5.0
+BEYOND_GRACE: Final = 3.0
 """Seconds for what comes after the grace: the last commit, and giving the runs back."""
 
 

@@ -1,0 +1,481 @@
+"""The `perdure` command as a shell sees it: what it prints where, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from perdure import RunInfo
+from perdure.cli.command import COMMANDS
+from perdure.cli.command import run as in_process
+
+PATIENCE = 30.0
+FLOWS = """
+import os, time
+from dataclasses import dataclass
+from pathlib import Path
+from perdure import Context, NonRetryable, workflow
+
+@dataclass
+class Order:
+    id: str
+    cents: int
+
+def hold(seconds: float) -> str:
+    Path(f"holding-{os.getpid()}").touch()
+    time.sleep(seconds)
+    return "held"
+
+async def clog() -> None:
+    Path(f"holding-{os.getpid()}").touch()
+    time.sleep(60)  # blocks the worker's own loop
+
+def refuse(text: str) -> None:
+    raise NonRetryable(text)
+
+@workflow
+async def greet(ctx: Context, name: str, times: int = 1) -> str:
+    return await ctx.step.run("greeting", lambda: f"Hello, {name}!" * times)
+
+@workflow
+async def order(ctx: Context, order: Order) -> dict[str, object]:
+    cents = await ctx.step.run("charge", lambda: order.cents)
+    approval = await ctx.step.wait_signal("approval")
+    return {"cents": cents, "approval": approval}
+
+@workflow
+async def fails(ctx: Context, text: str) -> None:
+    await ctx.step.run("refuse", refuse, text)
+
+@workflow
+async def holds(ctx: Context, seconds: float) -> str:
+    return await ctx.step.run("hold", hold, seconds)
+
+@workflow
+async def clogs(ctx: Context) -> None:
+    await ctx.step.run("clog", clog)
+"""
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Shell:
+    """A folder with `flows.py`, in which the command is given."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder = folder
+        self.capsys = capsys
+        self.processes: list[subprocess.Popen[str]] = []
+        (folder / "flows.py").write_text(FLOWS)
+
+    def ask(self, *arguments: str) -> Said:
+        """In this process: for all but `run` and `worker`."""
+        self.capsys.readouterr()
+        code = in_process(arguments)
+        out, err = self.capsys.readouterr()
+        return Said(code, out, err)
+
+    def do(self, *arguments: str, input: str | None = None) -> Said:
+        """In a process of its own, to its end."""
+        line = [sys.executable, "-m", "perdure", *arguments]
+        done = subprocess.run(
+            line, cwd=self.folder, input=input, capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+        return Said(done.returncode, done.stdout, done.stderr)
+
+    def begin(self, *arguments: str) -> subprocess.Popen[str]:
+        """In a process of its own, which goes on; its stderr is in `log`."""
+        with (self.folder / "log").open("a") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "perdure", *arguments],
+                cwd=self.folder,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        self.processes.append(process)
+        return process
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def json(self, *arguments: str) -> Any:
+        said = self.ask(*arguments, "--json")
+        assert said.code == 0, said.err
+        return json.loads(said.out)
+
+    def waiting(self, run: str = "o-1", *more: str) -> None:
+        """Bring a run of `order` to its wait for a signal."""
+        said = self.do("run", "flows.py:order", "--id", run, "--input", '{"id": "o", "cents": 42}', "--timeout", "0.2")
+        assert said.code == 5, said.err
+
+    def holding(self) -> int:
+        """The process in which a step holds now."""
+        found = until(lambda: list(self.folder.glob("holding-*")))[0]
+        found.unlink()
+        return int(found.name.partition("-")[2])
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Shell]:
+    monkeypatch.chdir(tmp_path)
+    shell = Shell(tmp_path, capsys)
+    yield shell
+    shell.close()
+
+
+def until(found: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while not (value := found()):
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.01)
+    return value
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+# --- run
+
+
+def test_run_prints_the_result_on_stdout_and_the_steps_on_stderr(shell: Shell) -> None:
+    said = shell.do("run", "flows:greet", "--input", '"you"', "--arg", "times=2", "--id", "g")
+    assert said.code == 0
+    assert said.out == '"Hello, you!Hello, you!"\n'
+    assert "run g of workflow greet begins\n  + greeting: done\nrun g completed after" in said.err
+
+
+def test_arguments_come_from_files_and_stdin_too(shell: Shell) -> None:
+    (shell.folder / "name.json").write_text('"file"\n')
+    assert shell.do("run", "flows.py:greet", "--input", "@name.json").out == '"Hello, file!"\n'
+    assert shell.do("run", "flows.py:greet", "--arg", "name=-", input='"stdin"').out == '"Hello, stdin!"\n'
+
+
+def test_run_with_json_prints_the_run(shell: Shell) -> None:
+    said = shell.do("run", "flows.py:greet", "--input", '"you"', "--json")
+    made = json.loads(said.out)
+    assert list(made) == list(RunInfo.__dataclass_fields__)
+    assert (made["status"], made["result"]) == ("completed", "Hello, you!")
+
+
+def test_a_failed_run_is_exit_1_and_shows_its_error(shell: Shell) -> None:
+    said = shell.do("run", "flows.py:fails", "--id", "f", "--input", '"no \\u001b[31m card"')
+    assert (said.code, said.out) == (1, "")
+    assert 'Run "f" failed.' in said.err
+    assert "\x1b" not in said.err, "control characters are shown, not sent"
+    shown = shell.ask("show", "f")
+    assert "Traceback" in shown.out
+    assert "in refuse" in shown.out
+    assert "\x1b" not in shown.out
+    assert shell.ask("result", "f").code == 1
+
+
+def test_a_run_that_is_interrupted_says_how_to_go_on(shell: Shell) -> None:
+    process = shell.begin("run", "flows.py:order", "--input", '{"id": "o", "cents": 42}')
+    until(lambda: "approval: waits" in shell.log)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == 130
+    proposed = shlex.split(shell.log.partition("goes on with: ")[2])
+    run = proposed[proposed.index("--id") + 1]
+    assert shell.ask("signal", run, "approval", "--input", "7").code == 0
+    said = shell.do(*proposed[1:])
+    assert said.code == 0
+    assert json.loads(said.out) == {"cents": 42, "approval": 7}
+    assert "goes on" in said.err
+    assert "= charge: done" in said.err
+
+
+def test_a_run_that_is_killed_goes_on(shell: Shell) -> None:
+    process = shell.begin("run", "flows.py:holds", "--id", "h", "--input", "0.5")
+    assert shell.holding() == process.pid
+    process.kill()
+    process.wait(PATIENCE)
+    said = shell.do("run", "flows.py:holds", "--id", "h", "--input", "0.5")
+    assert (said.code, said.out) == (0, '"held"\n')
+
+
+def test_a_blocked_run_shows_its_report_and_goes_on_when_the_code_is_put_right(shell: Shell) -> None:
+    shell.waiting()
+    shell.ask("signal", "o-1", "approval")
+    wrong = FLOWS.replace('ctx.step.run("charge", lambda: order.cents)', 'ctx.step.run("pay", lambda: order.cents)')
+    (shell.folder / "flows.py").write_text(wrong)
+    again = ["run", "flows.py:order", "--id", "o-1", "--input", '{"id": "o", "cents": 42}']
+    said = shell.do(*again)
+    assert said.code == 1
+    assert "cannot be replayed" in said.err
+    assert "flows.py:" in said.err
+    assert "cannot be replayed" in shell.ask("why", "o-1").out
+    (shell.folder / "flows.py").write_text(FLOWS)
+    assert shell.do(*again).code == 0
+
+
+# --- wrong input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "saying"),
+    [
+        (["flows.py:greet", "--input", "you"], "A text needs its quotes"),
+        (["flows.py:greet", "--input", "{"], "is not JSON"),
+        (["flows.py:greet", "--input", "@nothing.json"], "cannot be read"),
+        (["flows.py:greet", "--arg", "name"], "has no name"),
+        (["flows.py:greet", "--arg", 'nme="x"'], 'there is no parameter "nme"'),
+        (["flows.py:greet"], '"name" is missing'),
+        (["flows.py:greet", "--input", "5"], "str is expected, found 5"),
+        (["flows.py:order", "--input", '{"id": "o"}'], "does not fit"),
+        (["flows.py:greet", "--input", '"x"', "--id", "a\n"], "not printable"),
+        (["flows.py"], "MODULE:WORKFLOW"),
+        (["flows.py:nothing"], "It has: greet, order"),
+        (["nowhere.py:greet"], "There is no file nowhere.py"),
+        (["nowhere:greet"], "ModuleNotFoundError: No module named 'nowhere'"),
+        (["broken.py:greet"], "SyntaxError"),
+        (["raising.py:greet"], "KeyError: 'HOME_OF_NOBODY'"),
+        (["json:greet"], "holds no workflows"),
+    ],
+)
+def test_wrong_input_is_exit_2_in_a_sentence(shell: Shell, arguments: list[str], saying: str) -> None:
+    (shell.folder / "broken.py").write_text("def (")
+    (shell.folder / "raising.py").write_text("import os\nos.environ['HOME_OF_NOBODY']\n")
+    said = shell.do("run", *arguments)
+    assert said.code == 2, said.err
+    assert saying in said.err
+    assert "Traceback" not in said.err
+    assert said.out == ""
+    store = shell.ask("list")
+    assert store.code == 4 or "No runs." in store.err
+
+
+def test_an_id_with_another_input_is_exit_2(shell: Shell) -> None:
+    assert shell.do("run", "flows.py:greet", "--id", "g", "--input", '"a"').code == 0
+    said = shell.do("run", "flows.py:greet", "--id", "g", "--input", '"b"')
+    assert said.code == 2
+    assert "was used before" in said.err
+
+
+# --- stores
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["list"], ["show", "x"], ["history", "x"], ["result", "x"], ["signal", "x", "s"], ["cancel", "x"], ["why", "x"]],
+)
+def test_readers_create_no_store(shell: Shell, arguments: list[str]) -> None:
+    said = shell.ask(*arguments)
+    assert said.code == 4
+    assert "reading does not create one" in said.err
+    assert not list(shell.folder.glob("*.db*"))
+
+
+def test_a_store_url_that_names_none_is_exit_2(shell: Shell) -> None:
+    for url in ("", "orders.db", "mysql://x", "sqlite://", "sqlite:///no/folder/o.db", "sqlite:///o.db?color=red"):
+        said = shell.ask("list", "--store", url)
+        assert said.code == 2, (url, said.err)
+        assert "create=false" not in said.err
+
+
+def test_a_file_that_is_no_store_is_exit_4(shell: Shell) -> None:
+    (shell.folder / "notes.txt").write_text("no database at all, but long enough to be looked at\n" * 20)
+    assert shell.ask("list", "--store", "sqlite:///notes.txt").code == 4
+
+
+def test_the_store_comes_from_the_environment(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERDURE_STORE", "sqlite:///elsewhere.db")
+    assert shell.do("run", "flows.py:greet", "--id", "g", "--input", '"a"').code == 0
+    assert (shell.folder / "elsewhere.db").exists()
+    assert not (shell.folder / "perdure.db").exists()
+    assert shell.ask("why", "g").code == 0
+
+
+# --- asking
+
+
+def test_no_such_run_or_workflow_is_exit_3(shell: Shell) -> None:
+    shell.waiting()
+    for arguments in (["show", "x"], ["result", "x"], ["signal", "x", "s"], ["cancel", "x"], ["terminate", "x"]):
+        said = shell.ask(*arguments)
+        assert said.code == 3, said.err
+        assert 'There is no run "x"' in said.err
+    assert shell.ask("start", "nothing").code == 3
+
+
+def test_a_waiting_run_is_told_in_every_way(shell: Shell) -> None:
+    shell.waiting()
+    assert 'for signal "approval"' in shell.ask("why", "o-1").out
+    shown = shell.ask("show", "o-1").out
+    assert "charge    step    done     1" in shown
+    assert 'for signal "approval"' in shown
+    assert shell.json("show", "o-1")["steps"][0]["id"] == "charge"
+    assert 'signal "approval"' in shell.json("why", "o-1")["why"]
+    events = [json.loads(line) for line in shell.ask("history", "o-1", "--json").out.splitlines()]
+    assert [event["kind"] for event in events] == ["started", "step_completed", "signal_wait"]
+    assert "signal_wait" in shell.ask("history", "o-1").out
+    late = shell.ask("result", "o-1", "--timeout", "0.05")
+    assert late.code == 5
+    assert 'for signal "approval"' in late.err
+
+
+def test_signals_cancel_and_terminate_act_and_say_so(shell: Shell) -> None:
+    shell.waiting("a")
+    shell.waiting("b")
+    assert shell.json("signal", "a", "approval", "--input", "1", "--message-id", "m")["id"] == "a"
+    assert shell.ask("signal", "a", "approval", "--input", "1", "--message-id", "m").code == 0
+    assert shell.ask("terminate", "b", "--reason", "not needed").err == "Run b is terminated.\n"
+    assert shell.ask("terminate", "b").code == 0, "twice is once"
+    assert shell.ask("cancel", "b").code == 0
+    ended = shell.ask("result", "b")
+    assert ended.code == 1
+    assert "not needed" in ended.err
+    late = shell.ask("signal", "b", "approval")
+    assert late.code == 1
+    assert "has ended" in late.err
+    assert shell.ask("cancel", "a", "--reason", "no").err == "Run a was asked to cancel.\n"
+
+
+def test_lists_are_filtered_and_come_in_pages(shell: Shell) -> None:
+    shell.waiting("o-1")
+    for number in range(5):
+        assert shell.ask("start", "greet", "--id", f"g-{number}", "--input", '"a"').out == f"g-{number}\n"
+    first = shell.ask("list", "--limit", "4", "--json")
+    ids = [json.loads(line)["id"] for line in first.out.splitlines()]
+    cursor = first.err.split("--cursor ")[1].split()[0]
+    rest = shell.ask("list", "--limit", "4", "--json", "--cursor", cursor)
+    ids += [json.loads(line)["id"] for line in rest.out.splitlines()]
+    assert ids == ["g-4", "g-3", "g-2", "g-1", "g-0", "o-1"]
+    assert "--cursor" not in rest.err
+    assert [line.split()[0] for line in shell.ask("list", "--status", "waiting").out.splitlines()[1:]] == ["o-1"]
+    assert len(shell.ask("list", "--workflow", "greet").out.splitlines()) == 6
+    assert "no worker serves it" in shell.ask("list").out
+    assert shell.ask("list", "--status", "lost").code == 2
+    assert shell.ask("list", "--cursor", "x").code == 2
+
+
+def test_namespaces_do_not_see_each_other(shell: Shell) -> None:
+    assert shell.do("run", "flows.py:greet", "--id", "g", "--input", '"a"', "--namespace", "blue").code == 0
+    assert shell.ask("show", "g").code == 3
+    assert shell.ask("show", "g", "--namespace", "blue").code == 0
+
+
+def test_start_refuses_what_does_not_fit_and_uses_what_exists(shell: Shell) -> None:
+    shell.waiting()
+    assert shell.ask("start", "greet", "--arg", 'nme="x"').code == 2
+    assert shell.ask("start", "greet", "--id", "g", "--input", '"x"').out == "g\n"
+    assert shell.ask("start", "greet", "--id", "g", "--input", '"x"').out == "g\n"
+    assert shell.ask("start", "greet", "--id", "g", "--input", '"x"', "--if-exists", "fail").code == 2
+    assert shell.json("start", "greet", "--input", '"x"', "--delay", "60")["status"] == "scheduled"
+
+
+# --- worker
+
+
+def test_a_worker_drains_on_sigterm_and_leaves_with_0(shell: Shell) -> None:
+    worker = shell.begin("worker", "flows.py", "--json")
+    until(lambda: "serves" in shell.log)
+    assert shell.ask("start", "holds", "--id", "h", "--input", "0.4").code == 0
+    shell.holding()
+    worker.send_signal(signal.SIGTERM)
+    out, _ = worker.communicate(timeout=PATIENCE)
+    assert worker.returncode == 0, shell.log
+    assert json.loads(out)["drained"] is True
+    assert [e["kind"] for e in shell.json("show", "h")["steps"] if e.get("state") == "done"] == ["step"]
+
+
+@pytest.mark.parametrize("workflow", [["holds", "--input", "60"], ["clogs"]])
+def test_a_step_that_does_not_end_cannot_hold_a_worker_up(shell: Shell, workflow: list[str]) -> None:
+    worker = shell.begin("worker", "flows.py", "--grace", "0.2")
+    until(lambda: "serves" in shell.log)
+    assert shell.ask("start", *workflow).code == 0
+    shell.holding()
+    asked = time.monotonic()
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(PATIENCE) == 1
+    assert time.monotonic() - asked < 10
+
+
+def test_a_second_signal_ends_a_worker_at_once(shell: Shell) -> None:
+    worker = shell.begin("worker", "flows.py")
+    until(lambda: "serves" in shell.log)
+    assert shell.ask("start", "holds", "--input", "60").code == 0
+    shell.holding()
+    worker.send_signal(signal.SIGTERM)
+    until(lambda: "Stopping" in shell.log)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(PATIENCE) == 130
+
+
+def test_several_processes_are_started_again_and_stop_together(shell: Shell) -> None:
+    parent = shell.begin("worker", "flows.py", "--processes", "2")
+    until(lambda: shell.log.count("serves") == 2)
+    assert shell.ask("start", "holds", "--id", "h", "--input", "0.5").code == 0
+    os.kill(shell.holding(), signal.SIGKILL)
+    until(lambda: shell.log.count("serves") == 3)
+    assert "was killed by signal 9; another starts in" in shell.log
+    assert shell.ask("result", "h", "--timeout", str(PATIENCE)).out == '"held"\n'
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(PATIENCE) == 0
+
+
+def test_processes_whose_parent_was_killed_leave(shell: Shell) -> None:
+    parent = shell.begin("worker", "flows.py", "--processes", "2")
+    until(lambda: shell.log.count("serves") == 2)
+    assert shell.ask("start", "holds", "--input", "0.1").code == 0
+    child = shell.holding()
+    parent.kill()
+    until(lambda: not alive(child))
+
+
+def test_a_worker_without_workflows_is_exit_2(shell: Shell) -> None:
+    said = shell.do("worker", "json")
+    assert said.code == 2
+    assert "holds no workflows" in said.err
+    (shell.folder / "other.py").write_text(FLOWS)
+    twice = shell.do("worker", "flows.py", "other.py")
+    assert twice.code == 2
+    assert "flows.py" in twice.err
+    assert "other.py" in twice.err
+
+
+# --- the command itself
+
+
+@pytest.mark.parametrize("package", ["click", "rich"])
+def test_without_the_extra_one_sentence_names_the_install_line(package: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; from perdure.cli import main; main(['list'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"The perdure command needs {package}: pip install 'perdure[cli]'\n"
+
+
+def test_every_command_has_a_help_text(shell: Shell) -> None:
+    overview = shell.ask("--help")
+    assert overview.code == 0
+    for name in COMMANDS:
+        if name in overview.out:
+            assert f"perdure {name} [OPTIONS]" in shell.ask(name, "--help").out
+    assert "  list " in overview.out
+    assert shell.ask("nothing").code == 2
+    assert shell.ask("list", "--nothing").code == 2
