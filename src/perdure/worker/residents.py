@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("perdure.worker")
 
 FORCED_AFTER: Final = 3
-"""So often newer mail may send an ending run back; then it ends anyway and lists the rest as unread."""
+"""So often newer mail may send an ending run back; then it lists the rest as unread. After twice as often it ends anyway."""
 FIRST_BACK_OFF: Final = 1_000_000
 LAST_BACK_OFF: Final = 300_000_000
 LONG_STEP: Final = 1.0
@@ -503,10 +503,11 @@ class Resident:
             workflow=op.name or "",
             id=op.run,
             input=bytes(op.input).decode(),
-            seed=step_key(self.seed, f"child:{op.id}"),
+            # An activity is a step of this run, and its key is the step's.
+            seed=step_key(self.seed, f"child:{op.id}") if op.kind == "child" else self.seed,
             kind="workflow" if op.kind == "child" else "activity",
             queue=op.queue,
-            timeout=spec.timeout,
+            timeout=spec.timeout if op.kind == "child" else spec.policy.total_timeout,
             parent=ParentLink(run=self.key, step=op.id),
             parent_close=op.parent_close,
             policy=spec.policy if spec.policy is not None else StartPolicy(awaited=op.awaited),
@@ -622,9 +623,10 @@ class Resident:
                     error=end.error,
                 ),
             )
-        forced = self.more_mail >= FORCED_AFTER
-        if forced:
-            unread = tuple(item.id for item in self.inbox if isinstance(item, Mail))
+        if self.more_mail >= FORCED_AFTER:
+            # The code has ended before these: they are taken by being listed, so that only newer ones send it back.
+            unread = tuple(id for id in map(_message_of, self.inbox) if id is not None)
+            gathered.consumed = [*gathered.consumed, *unread]
             gathered.events = [
                 msgspec.structs.replace(event, unread=event.unread + unread) if isinstance(event, ev.Ended) else event
                 for event in gathered.events
@@ -633,7 +635,7 @@ class Resident:
             gathered,
             status=end.status,
             closing=True,
-            forced=forced,
+            forced=self.more_mail >= 2 * FORCED_AFTER,
             result=end.result,
             error=None if end.error is None else msgspec.json.encode(end.error).decode(),
         )
@@ -718,8 +720,9 @@ class Resident:
         else:
             self.blocked_tries = 0
             self._act(gathered)
-            # What has not changed since the turn was closed needs no look.
-            if self.open.events or self.open.begun or self.play.over or self.inbox or turn.status != RUNNING:
+            # What has not changed since the turn was closed needs no look: it still executes something.
+            quiet = self.executions and turn.status == RUNNING
+            if not quiet or self.open.events or self.open.begun or self.play.over or self.inbox:
                 self.settle()
 
     def _act(self, gathered: Gathered) -> None:
@@ -838,6 +841,13 @@ class Resident:
         if waits != self.written_waits:
             gathered, self.open = self.open, Gathered()
             self._commit(gathered, status=RUNNING, wake_at=self._next_wake(), waits=waits)
+
+
+def _message_of(item: Mail | Outcome | Again) -> str | None:
+    """The id of the message that waits here, also when it comes again."""
+    if isinstance(item, Mail):
+        return item.id
+    return getattr(item.event, "message", None) if isinstance(item, Again) else None
 
 
 def out_of_time(message: str, cause: RecordedError | None = None) -> RecordedError:
