@@ -148,12 +148,15 @@ class Executor:
         task = self.loop.create_task(_awaited(awaitable))
         execution.task = task
         self._tasks.add(task)
-        task.add_done_callback(functools.partial(self._ended, execution))
+        task.add_done_callback(functools.partial(self._ended, execution, awaitable))
 
-    def _ended(self, execution: Execution, task: Any) -> None:
+    def _ended(self, execution: Execution, awaitable: Any, task: Any) -> None:
         self._tasks.discard(task)
         execution.task = None
         if task.cancelled():
+            if inspect.iscoroutine(awaitable):
+                # Cancelled before its first step, it would warn that it was never awaited.
+                awaitable.close()
             # Not by us, or nobody wants it: a step that is cancelled from inside has failed.
             execution.report(None, asyncio.CancelledError("the step's task was cancelled"))
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import heapq
+import inspect
 from asyncio import events as asyncio_events
 from asyncio import tasks as asyncio_tasks
 from collections import deque
@@ -64,7 +65,15 @@ class SimLoop(asyncio.AbstractEventLoop):
             for task in list(self.tasks):
                 if not task.done():
                     task._log_destroy_pending = False
-                    task.get_coro().close()
+                    coroutine = task.get_coro()
+                    if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
+                        # A first step outside of any step's context, where it fails at once: that is quieter than
+                        # Python's warning of a coroutine that was never awaited.
+                        try:
+                            coroutine.send(None)
+                        except BaseException:  # noqa: S110  # as was meant
+                            pass
+                    coroutine.close()
         finally:
             _set_running_loop(None)
         self.tasks.clear()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from msgspec.structs import replace
 
 from perdure.core.errors import StoreUnavailable
-from perdure.core.turn import Announcement, Batch, Busy, Claim, Head, Key, Lease, Mail, Query, Reaped, Row, Verdict
+from perdure.core.turn import Announcement, Batch, Busy, Claim, Head, Key, Lease, Mail, Query, Reaped, Row, Turn, Verdict
 
 if TYPE_CHECKING:
     from perdure.testing.sim.world import Process, World
@@ -23,6 +23,10 @@ class Crashed(BaseException):
 
 
 FAULTS: Final = ("crash_before", "crash_after", "error_before", "ack_lost", "delayed", "duplicated", "busy", "late_mail")
+
+
+def _held(turn: Turn, hidden: set[Key]) -> bool:
+    return turn.closing and turn.run in hidden
 
 
 class SimStore:
@@ -46,6 +50,12 @@ class SimStore:
         return self._call("write", lambda: self._write(batch), batch)
 
     def _write(self, batch: Batch) -> list[Verdict]:
+        # A message whose transaction is open holds the end of its run up.
+        hidden = self.world.hidden_runs()
+        if hidden and any(turn.closing and turn.run in hidden for turn in batch.turns):
+            answers = iter(self.world.checks.write(replace(batch, turns=[t for t in batch.turns if not _held(t, hidden)])))
+            before = [next(answers) for _ in (*batch.starts, *batch.sends)]
+            return [*before, *(Busy(run=t.run) if _held(t, hidden) else next(answers) for t in batch.turns)]
         return self.world.checks.write(batch)
 
     def claim(self, claim: Claim) -> list[Head]:

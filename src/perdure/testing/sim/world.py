@@ -7,6 +7,7 @@ which actor goes on. First comes chaos, then everything is healed, and then ever
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import threading
@@ -489,6 +490,9 @@ class World:
                 self._hidden.add((run.row.key, send.id))
                 self.late.add((run.row.key, send.id))
 
+    def hidden_runs(self) -> set[int]:
+        return {run for run, _ in self._hidden}
+
     def visible(self, mail: Sequence[Mail]) -> Sequence[Mail]:
         if not self._hidden:
             return mail
@@ -598,8 +602,8 @@ class World:
         task.add_done_callback(lambda done: self.running.pop(done, None))
 
     async def _operation(self, process: Process, name: str, facts: dict[str, Any]) -> None:
-        import asyncio
-
+        if process.down:
+            return
         for _ in range(5):
             try:
                 await getattr(self, f"_do_{name}")(process, facts)
