@@ -30,7 +30,8 @@ class _Loop:
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self._loop = loop
-        self._ours = loop is None
+        self._thread: threading.Thread | None = None
+        self.over = False
         self._lock = threading.Lock()
 
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -57,14 +58,19 @@ class _Loop:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="perdure-loop", daemon=True).start()
+                self._thread = threading.Thread(target=self._loop.run_forever, name="perdure-loop", daemon=True)
+                self._thread.start()
             return self._loop
 
     def stop(self) -> None:
         """End our thread; somebody else's loop is left alone. Twice is once."""
         with self._lock:
-            if self._ours and self._loop is not None:
+            if self._thread is not None and self._loop is not None:
                 self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()
+                self._loop.close()
+                self._thread = None
+                self.over = True
 
 
 class Client:
@@ -92,6 +98,8 @@ class Client:
 
     def close(self) -> None:
         """As `Client.close`."""
+        if self._loop.over:
+            return
         self._loop.wait(self._async.close())
         self._loop.stop()
 

@@ -52,7 +52,8 @@ class Follower:
         """Until cancelled, or until the run is blocked: then its report."""
         while True:
             row = await self._look()
-            if row.status == Status.BLOCKED:
+            # A worker's start makes blocked runs due. One that is due was blocked by code before ours.
+            if row.status == Status.BLOCKED and (row.wake_at or 0) > self._core.store.now():
                 return read_waits(row.waits).blocked
             self._show_now(row)
             await asyncio.sleep(LOOK)
