@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import shlex
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,8 +48,8 @@ class Where:
 
     def same(self) -> str:
         """The options that name the same store and namespace again, for commands we propose."""
-        said = "" if self.store is None else f" --store {self.store}"
-        return said + ("" if self.namespace == "default" else f" --namespace {self.namespace}")
+        said = "" if self.store is None else f" --store {shlex.quote(self.store)}"
+        return said + ("" if self.namespace == "default" else f" --namespace {shlex.quote(self.namespace)}")
 
 
 def common(function: Callable[..., Any]) -> Callable[..., Any]:
