@@ -189,6 +189,33 @@ def die_at_first(deaths: int) -> None:
         os._exit(9)
 
 
+@activity(queue="remote")
+async def slow_remote(seconds: float) -> str:
+    note("begin")
+    await asyncio.sleep(seconds)
+    note("end")
+    return str(os.getpid())
+
+
+@activity(queue="remote")
+def deadly_remote() -> None:
+    kill_own_process()
+
+
+@workflow
+async def uses_slow_remote(ctx: Context, seconds: float) -> str:
+    return str(await ctx.step.run("far", slow_remote, seconds))
+
+
+@workflow
+async def uses_deadly_remote(ctx: Context) -> str:
+    try:
+        await ctx.step.run("far", deadly_remote)
+    except StepFailed as error:
+        return str(error)
+    return "no error"
+
+
 async def main(url: str, ledger: str, settings: dict[str, Any]) -> int:
     global _ledger, _worker
     _ledger = os.open(ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

@@ -25,6 +25,8 @@ def end_without_code(store: Store, row: Row, status: str, *, reason: str, turn_i
     """The turn that ends this run as it is now; `Fenced` or `MoreMail` if it changes before the turn is written."""
     names = {"terminated": "Terminated", "timed_out": "TimedOut", "quarantined": "Quarantined"}
     error = RecordedError(type=names[status], message=reason)
+    if row.kind == "activity" and status == "timed_out":
+        error = RecordedError(type="TimeoutError", message="Its total_timeout has passed.", kind="timed_out")
     unread = tuple(mail.id for mail in store.mailbox(row.key))
     ended = status in ENDED
     events = []

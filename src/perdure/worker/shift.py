@@ -129,7 +129,9 @@ class Shift:
         self.ended_run = ended_run
         self.lease_sure = False
         self.watched = Watched()
+        # Each is counted by one thread: what was claimed by the watcher, what was received of it by the loop.
         self.claiming = 0
+        self.taken = 0
         self.alone_with: int | None = None
         self.wants_room = False
         self._kick = kick
@@ -201,7 +203,7 @@ class Shift:
         if self.draining or self.closed or self.alone_with is not None:
             return 0
         most = self.settings.concurrency * 4
-        active = len(self.residents) - len(self.parked) + len(self.activities) + self.claiming
+        active = len(self.residents) - len(self.parked) + len(self.activities) + self.claiming - self.taken
         return max(most - active, 0)
 
     @property
@@ -237,7 +239,7 @@ class Shift:
 
     def received(self, heads: Sequence[tuple[Head, Sequence[ev.Event]]], mail: Sequence[Mail]) -> None:
         """Claimed runs with their histories, and unread mail of runs owned here."""
-        self.claiming -= len(heads)
+        self.taken += len(heads)
         for head, events in heads:
             if self.closed:
                 break

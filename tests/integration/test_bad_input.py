@@ -1,0 +1,504 @@
+"""Bad input and faults of the store: a clear error at the call, nothing half-written, nothing retried for ever."""
+
+# ruff: noqa: PT017  # what is asserted in an `except` block here is inside a workflow
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perdure import (
+    Client,
+    Context,
+    DuplicateStepId,
+    Engine,
+    LimitExceeded,
+    Limits,
+    NotAStore,
+    PayloadError,
+    RunFailed,
+    RunHandle,
+    RunNotFound,
+    SQLiteStore,
+    StepFailed,
+    StoreFull,
+    StoreLocked,
+    StoreReadOnly,
+    StoreTooNew,
+    UnknownWorkflow,
+    activity,
+    workflow,
+)
+from perdure.runtime.context import SyncContext
+from tests.integration.helpers import ONCE, ask, contents, engine, until, url_of
+
+
+@dataclass
+class Order:
+    id: str
+    total: int
+
+
+@workflow
+async def takes(ctx: Context, order: Order, *, note: str = "") -> str:
+    return str(await ctx.step.run("text", lambda: f"{order.id} {order.total} {note}"))
+
+
+@workflow
+async def echo(ctx: Context, value: Any) -> Any:
+    return await ctx.step.run("echo", lambda: value)
+
+
+@workflow
+async def waiting(ctx: Context) -> Any:
+    return await ctx.step.wait_signal("go")
+
+
+@contextmanager
+def changes_nothing(folder: Path) -> Iterator[None]:
+    before = contents(folder)
+    yield
+    assert contents(folder) == before
+
+
+# --- what a caller gives -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "text"),
+    [
+        ((), {}, TypeError, "order"),
+        ((Order("a", 1), 2), {}, TypeError, "takes"),
+        ((Order("a", 1),), {"remark": "x"}, TypeError, "remark"),
+        ((Order("a", 1),), {"order": Order("b", 2)}, TypeError, "order"),
+        ((5,), {}, PayloadError, "order"),
+        ((Order("a", "many"),), {}, PayloadError, "int"),  # type: ignore[arg-type]
+        ((Order("\udc80", 1),), {}, PayloadError, "surrogate"),
+    ],
+)
+async def test_arguments_that_do_not_fit_are_refused_at_the_call(
+    tmp_path: Path, args: tuple[Any, ...], kwargs: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    async with engine(tmp_path, takes) as it:
+        with changes_nothing(tmp_path), pytest.raises(error, match=text):
+            await it.start(takes, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (object(), PayloadError),
+        (float("nan"), PayloadError),
+        (float("-inf"), PayloadError),
+        ("\ud800", PayloadError),
+        ({"a": ["\udfff"]}, PayloadError),
+        (lambda: 1, PayloadError),
+        ("x" * 10_000_000, LimitExceeded),
+        (2**70 * 1.0e300, PayloadError),
+    ],
+)
+async def test_values_that_cannot_be_stored_are_refused_at_the_call(
+    tmp_path: Path, value: Any, error: type[Exception]
+) -> None:
+    async with engine(tmp_path, echo, waiting) as it:
+        handle: RunHandle[Any] = await it.start(waiting)
+        await until(lambda: ask(tmp_path, "SELECT 1 FROM perdure_runs WHERE status = 'waiting'"), "the wait")
+        with changes_nothing(tmp_path):
+            with pytest.raises(error):
+                await it.start(echo, value)
+            with pytest.raises(error):
+                await it.start("echo", value)
+            with pytest.raises(error):
+                await handle.signal("go", value)
+
+
+async def test_a_nesting_that_is_too_deep_is_refused(tmp_path: Path) -> None:
+    deep: list[Any] = []
+    for _ in range(200):
+        deep = [deep]
+    endless: list[Any] = []
+    endless.append(endless)
+    async with engine(tmp_path, echo) as it:
+        with changes_nothing(tmp_path), pytest.raises(LimitExceeded):
+            await it.start(echo, deep)
+        with changes_nothing(tmp_path), pytest.raises(PayloadError, match="contains itself"):
+            await it.start(echo, endless)
+
+
+async def test_nul_and_every_other_character_come_back_in_values(tmp_path: Path) -> None:
+    text = "".join(map(chr, [*range(300), 0x2028, 0xFFFF, 0x1F600])) + '"\\' + "x" * 1_500_000
+    async with engine(tmp_path, echo) as it:
+        assert await (await it.start(echo, {"k\x00": text})).result(timeout=20) == {"k\x00": text}
+
+
+@pytest.mark.parametrize("id", ["", "a\x00b", "a\nb", "\ud800", "x" * 256, " ", 5])
+async def test_ids_that_cannot_be_ids_are_refused(tmp_path: Path, id: Any) -> None:
+    async with engine(tmp_path, echo) as it:
+        if id == " ":
+            assert (await it.options(id=id).start(echo, 1)).id == " "
+            return
+        with changes_nothing(tmp_path):
+            for made in (
+                lambda: it.options(id=id),
+                lambda: it.options(idempotency_key=id),
+                lambda: it.options(queue=id),
+                lambda: it.handle(id),
+                lambda: Client(url_of(tmp_path), namespace=id),
+                lambda: workflow(name=id)(echo.fn),
+            ):
+                with pytest.raises((ValueError, TypeError, LimitExceeded)):
+                    made()
+            with pytest.raises((ValueError, TypeError, LimitExceeded)):
+                await it.handle("somebody").signal(id)
+            with pytest.raises((ValueError, TypeError, LimitExceeded)):
+                await it.handle("somebody").signal("go", message_id=id)
+
+
+async def test_reasons_are_checked_like_any_value(tmp_path: Path) -> None:
+    async with engine(tmp_path, waiting) as it:
+        handle: RunHandle[Any] = await it.start(waiting)
+        for verb in (handle.cancel, handle.terminate):
+            with pytest.raises(PayloadError):
+                await verb("\ud800")
+            with pytest.raises(LimitExceeded):
+                await verb("x" * 10_000_000)
+        assert not (await handle.status()).ended
+
+
+async def test_naive_datetimes_are_refused_with_the_line_that_mends_it(tmp_path: Path) -> None:
+    naive = datetime(2030, 1, 1)  # noqa: DTZ001
+
+    @workflow
+    async def sleeps(ctx: Context) -> None:
+        await ctx.step.sleep_until("until", naive)
+
+    async with engine(tmp_path, echo, sleeps) as it:
+        with pytest.raises(ValueError, match=r"tzinfo=timezone\.utc"):
+            it.options(at=naive)
+        with pytest.raises(ValueError, match=r"tzinfo=timezone\.utc"):
+            await it.list_runs(created_after=naive)
+        with pytest.raises(RunFailed, match=r"tzinfo=timezone\.utc"):
+            await (await it.start(sleeps)).result(timeout=10)
+        # Inside a payload it is the user's own.
+        assert await (await it.start(echo, naive)).result(timeout=10) == naive
+
+
+async def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+    async with engine(tmp_path, echo) as it:
+        for wrong in (
+            {"timeout": 0},
+            {"timeout": -1},
+            {"timeout": float("nan")},
+            {"delay": -1},
+            {"if_exists": "maybe"},
+            {"if_exists": "restart"},
+            {"at": datetime.now().astimezone(), "delay": 1},
+            {"idempotency_ttl": 0},
+        ):
+            with pytest.raises(ValueError):
+                it.options(**wrong)
+        for wrong in ({"timeout": "1 s"}, {"at": "tomorrow"}, {"queue": 5}):
+            with pytest.raises(TypeError):
+                it.options(**wrong)
+        with pytest.raises(ValueError):
+            await it.list_runs(limit=0)
+        with pytest.raises(ValueError):
+            await it.list_runs(status="almost")
+        with pytest.raises(ValueError):
+            await it.list_runs(cursor="next")
+        with pytest.raises(TypeError):
+            await it.start(len, [])
+    for settings in ({"concurrency": 0}, {"threads": 0}, {"resident": -1}, {"lease": 0}, {"queues": [""]}):
+        with pytest.raises(ValueError):
+            Engine(url_of(tmp_path), **settings)
+    with pytest.raises(TypeError):
+        Engine(url_of(tmp_path), queues="default")
+    with pytest.raises(TypeError):
+        Engine(url_of(tmp_path), workflows=[echo.fn])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"test_bad_input\.py"):
+        Engine(url_of(tmp_path), workflows=[echo, workflow(name="echo")(takes.fn)])
+
+
+async def test_unknown_names_are_refused(tmp_path: Path) -> None:
+    @workflow
+    async def other(ctx: Context) -> None: ...
+
+    async with engine(tmp_path, echo) as it:
+        with changes_nothing(tmp_path):
+            for unknown in ("ecoh", other):
+                with pytest.raises(UnknownWorkflow, match="echo"):
+                    await it.start(unknown)
+            for verb in ("status", "info", "history", "why", "result", "cancel", "terminate"):
+                with pytest.raises(RunNotFound):
+                    await getattr(it.handle("nobody"), verb)()
+            with pytest.raises(RunNotFound):
+                await it.handle("nobody").signal("go")
+
+
+# --- what a workflow does ------------------------------------------------------------------------------
+
+
+async def test_a_step_id_used_twice_fails_the_run_and_names_both_lines(tmp_path: Path) -> None:
+    calls = []
+
+    @workflow
+    async def twice(ctx: Context) -> None:
+        await ctx.step.run("same", lambda: calls.append(1))
+        await ctx.step.run("same", lambda: calls.append(2))
+
+    @workflow
+    def twice_sync(ctx: SyncContext) -> None:
+        ctx.step.run("same", lambda: calls.append(1))
+        ctx.step.sleep("same", 1)
+
+    async with engine(tmp_path, twice, twice_sync) as it:
+        for each in (twice, twice_sync):
+            with pytest.raises(RunFailed) as raised:
+                await (await it.start(each)).result(timeout=10)
+            assert raised.value.cause.type.endswith(DuplicateStepId.__name__)
+            assert str(raised.value).count("test_bad_input.py") >= 2 or "same" in str(raised.value)
+    assert calls == [1, 1]
+
+
+@activity(queue="far")
+async def far_away(value: Any) -> Any:
+    return object() if value is None else value
+
+
+@pytest.mark.parametrize("made", [object(), float("nan"), "\ud800", "x" * 10_000_000])
+async def test_a_result_that_cannot_be_stored_is_the_steps_failure_without_a_retry(tmp_path: Path, made: Any) -> None:
+    calls = []
+
+    def make() -> Any:
+        calls.append(1)
+        return made
+
+    @workflow
+    async def unstorable(ctx: Context) -> str:
+        try:
+            await ctx.step.run("make", make)
+        except StepFailed as error:
+            assert isinstance(error, (PayloadError, LimitExceeded))
+            return error.type
+        return "stored"
+
+    async with engine(tmp_path, unstorable) as it:
+        assert await (await it.start(unstorable)).result(timeout=10) in (
+            "perdure.PayloadError",
+            "perdure.LimitExceeded",
+        )
+    assert calls == [1]
+
+
+async def test_what_cannot_be_stored_fails_the_run_wherever_it_comes_from(tmp_path: Path) -> None:
+    @workflow
+    async def result(ctx: Context) -> Any:
+        return object()
+
+    @workflow
+    async def large_result(ctx: Context) -> Any:
+        return "x" * 10_000_000
+
+    @workflow
+    async def to_child(ctx: Context) -> Any:
+        return await ctx.step.run_workflow("child", echo, object())
+
+    @workflow
+    async def to_activity(ctx: Context) -> Any:
+        return await ctx.step.run("far", far_away, object())
+
+    @workflow
+    async def from_activity(ctx: Context) -> Any:
+        return await ctx.step.run("far", far_away, None)
+
+    @workflow
+    async def bad_error(ctx: Context) -> Any:
+        raise ValueError("\ud800" + "x" * 1_000_000)
+
+    all_ = (result, large_result, to_child, to_activity, from_activity, bad_error)
+    async with engine(tmp_path, *all_, echo, activities=[far_away]) as it:
+        for each in all_:
+            with pytest.raises(RunFailed):
+                await (await it.start(each)).result(timeout=10)
+    assert ask(tmp_path, "SELECT count(*) FROM perdure_runs WHERE ended_at IS NULL") == [(0,)]
+    assert ask(tmp_path, "SELECT max(length(error)) < 100000 FROM perdure_runs") == [(1,)]
+
+
+async def test_limits_are_those_that_were_set(tmp_path: Path) -> None:
+    async with engine(tmp_path, echo, waiting, limits=Limits(payload=100, mailbox=3)) as it:
+        with changes_nothing(tmp_path), pytest.raises(LimitExceeded, match="100"):
+            await it.start(echo, "x" * 200)
+        handle = await it.options(delay=3600).start(waiting)
+        for _ in range(3):
+            await handle.signal("go")
+        with changes_nothing(tmp_path), pytest.raises(LimitExceeded, match="mailbox"):
+            await handle.signal("go")
+
+
+async def test_a_history_that_grows_too_long_fails_the_run(tmp_path: Path) -> None:
+    @workflow
+    async def long(ctx: Context) -> None:
+        for n in range(1000):
+            await ctx.step.run(f"s{n}", lambda: None)
+
+    async with engine(tmp_path, long, limits=Limits(history_warn=20, history_stop=40)) as it:
+        handle: RunHandle[Any] = await it.start(long)
+        with pytest.raises(RunFailed, match="40 events"):
+            await handle.result(timeout=10)
+        assert len(await handle.history()) < 50
+
+
+async def test_a_signal_that_does_not_fit_is_skipped_and_a_start_by_name_that_does_not_fails(tmp_path: Path) -> None:
+    @workflow
+    async def typed(ctx: Context, n: int) -> int:
+        return n + int(await ctx.step.wait_signal("go", returns=int))
+
+    async with engine(tmp_path, typed) as it, Client(url_of(tmp_path)) as elsewhere:
+        handle: RunHandle[Any] = await it.start(typed, 1)
+        await handle.signal("go", "no number")
+        await handle.signal("go", 41)
+        assert await handle.result(timeout=10) == 42
+        wrong = await elsewhere.start("typed", "no number")
+        with pytest.raises(RunFailed):
+            await wrong.result(timeout=10)
+        with changes_nothing(tmp_path), pytest.raises(TypeError):
+            await elsewhere.start("typed")
+        with changes_nothing(tmp_path), pytest.raises(TypeError):
+            await elsewhere.start("typed", 1, colour="red")
+
+
+# --- what happens to the store -------------------------------------------------------------------------
+
+
+async def test_a_store_that_is_locked_is_waited_for_then_refused_and_works_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = url_of(tmp_path) + "?busy_timeout=0.3"
+    async with Engine(url, workflows=[echo, waiting]) as it:
+        parked = await it.start(waiting)
+        await until(lambda: ask(tmp_path, "SELECT 1 FROM perdure_runs WHERE status = 'waiting'"), "the wait")
+        with closing(sqlite3.connect(tmp_path / "runs.db", isolation_level=None)) as foreign:
+            foreign.execute("BEGIN IMMEDIATE")
+            calls: list[Callable[[], Awaitable[Any]]] = [
+                lambda: it.start(echo, 1),
+                lambda: parked.signal("go"),
+                lambda: parked.cancel(),
+            ]
+            for call in calls:
+                with pytest.raises(StoreLocked) as raised:
+                    await call()
+                assert raised.value.retryable
+                assert isinstance(raised.value.__cause__, (sqlite3.OperationalError, type(None)))
+            # Reading needs no lock.
+            assert await parked.status() == "waiting"
+            with caplog.at_level(logging.WARNING):
+                await asyncio.sleep(1.0)
+            tries = len([record for record in caplog.records if record.name.startswith("perdure")])
+            assert tries < 10, "it says so once, not at every try"
+            foreign.execute("ROLLBACK")
+        assert ask(tmp_path, "SELECT count(*) FROM perdure_runs") == [(1,)]
+        assert ask(tmp_path, "SELECT count(*) FROM perdure_mail") == [(0,)]
+        await parked.signal("go", 5)
+        assert await parked.result(timeout=20) == 5
+        assert await (await it.start(echo, 2)).result(timeout=20) == 2
+
+
+async def test_a_store_that_is_full_refuses_starts_keeps_outcomes_and_goes_on(tmp_path: Path) -> None:
+    store = SQLiteStore(tmp_path / "runs.db")
+    calls = []
+
+    def work() -> str:
+        calls.append(1)
+        return "y" * 50_000
+
+    @workflow
+    async def works(ctx: Context) -> int:
+        await ctx.step.wait_signal("go")
+        return len(await ctx.step.run("work", work))
+
+    async with Engine(store, workflows=[works, echo]) as it:
+        handle = await it.start(works)
+        await until(lambda: ask(tmp_path, "SELECT 1 FROM perdure_runs WHERE status = 'waiting'"), "the wait")
+        [(pages,)] = ask(tmp_path, "PRAGMA page_count")
+        full = store._opened_writer()
+        full.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(StoreFull) as raised:
+            await it.start(echo, "z" * 100_000)
+        assert not raised.value.retryable
+        await handle.signal("go")
+        await until(lambda: calls, "the step")
+        await asyncio.sleep(0.3)
+        assert ask(tmp_path, "SELECT count(*) FROM perdure_history WHERE event LIKE '%step_completed%'") == [(0,)]
+        assert len(ask(tmp_path, "SELECT * FROM perdure_runs")) == 1
+        full.execute("PRAGMA max_page_count = 1000000")
+        assert await handle.result(timeout=20) == 50_000
+        assert await (await it.start(echo, 2)).result(timeout=20) == 2
+    store.close()
+    assert calls == [1]
+
+
+async def test_a_store_that_cannot_be_written_is_refused_when_it_is_opened(tmp_path: Path) -> None:
+    async with engine(tmp_path, echo) as it:
+        await it.start(echo, 1)
+    other = SQLiteStore(tmp_path / "runs.db")
+    other._opened_writer().execute("PRAGMA query_only = ON")
+    client = Client(other)
+    with changes_nothing(tmp_path), pytest.raises(StoreReadOnly):
+        await client.start("echo", 1)
+    await client.close()
+    other.close()
+
+
+async def test_stores_that_are_none_are_refused_by_name_and_left_alone(tmp_path: Path) -> None:
+    text = tmp_path / "text.db"
+    text.write_bytes(b"This is no database at all. " * 100)
+    before = text.read_bytes()
+    folder = tmp_path / "folder.db"
+    folder.mkdir()
+    async with engine(tmp_path, echo) as it:
+        await it.start(echo, 1)
+    with closing(sqlite3.connect(tmp_path / "runs.db")) as db:
+        db.execute("INSERT INTO perdure_migrations VALUES (99, '0099_future.sql', 'x', 0)")
+        db.commit()
+    for url, error in (
+        (f"sqlite:///{text}", NotAStore),
+        (f"sqlite:///{folder}", NotAStore),
+        (f"sqlite:///{tmp_path}/no/where.db", NotAStore),
+        ("sqlite://", NotAStore),
+        ("", NotAStore),
+        ("postgres://localhost/x", NotAStore),
+        (url_of(tmp_path), StoreTooNew),
+    ):
+        for made in (Client(url), Engine(url, workflows=[echo])):
+            with pytest.raises(error):
+                await made.start(echo, 1)
+            await made.close()
+    assert text.read_bytes() == before
+    assert not list(folder.iterdir())
+
+
+async def test_what_fails_for_ever_is_not_tried_for_ever(tmp_path: Path) -> None:
+    calls: list[float] = []
+
+    def fails() -> None:
+        calls.append(time.monotonic())
+        raise ValueError("always")
+
+    @workflow
+    async def failing(ctx: Context) -> None:
+        await ctx.step.options(retry=ONCE).run("fails", fails)
+
+    async with engine(tmp_path, failing) as it:
+        with pytest.raises(RunFailed):
+            await (await it.options(timeout=timedelta(seconds=10)).start(failing)).result(timeout=10)
+    assert len(calls) == 1
