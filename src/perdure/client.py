@@ -364,9 +364,9 @@ class Client:
     @property
     def sync(self) -> Any:
         """The blocking face of the same open client, for threads that are not its loop's."""
-        from perdure import sync  # It imports this module.
+        from perdure.sync import face_of  # It imports this module.
 
-        return sync.face_of(self)
+        return face_of(self)
 
     def options(
         self,

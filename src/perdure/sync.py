@@ -12,9 +12,12 @@ from collections.abc import Coroutine
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
-from perdure import client as client_
-from perdure import engine as engine_
+from perdure.client import Client as AsyncClient
+from perdure.client import RunHandle as AsyncHandle
 from perdure.core.status import Status
+from perdure.engine import GRACE
+from perdure.engine import Engine as AsyncEngine
+from perdure.engine import Worker as AsyncWorker
 from perdure.info import Event, RunInfo, RunPage
 from perdure.runtime.context import SyncContext as Context
 from perdure.runtime.context import SyncPending as Pending
@@ -76,14 +79,14 @@ class _Loop:
 class Client:
     """As `perdure.Client`, without `await`; from any thread."""
 
-    _twin: type[client_.Client] = client_.Client
+    _twin: type[AsyncClient] = AsyncClient
 
     def __init__(self, store: Any = None, **options: Any) -> None:
         self._loop = _Loop()
-        self._async: client_.Client = self._twin(store, **options)
+        self._async: AsyncClient = self._twin(store, **options)
 
     @classmethod
-    def _over(cls, twin: client_.Client, loop: _Loop) -> Any:
+    def _over(cls, twin: AsyncClient, loop: _Loop) -> Any:
         face = object.__new__(cls)
         face._loop = loop
         face._async = twin
@@ -127,7 +130,7 @@ class Client:
 class Engine(Client):
     """As `perdure.Engine`, without `await`: `with Engine(...) as engine`."""
 
-    _twin = engine_.Engine
+    _twin = AsyncEngine
 
 
 class Worker:
@@ -135,7 +138,7 @@ class Worker:
 
     def __init__(self, store: Any = None, **options: Any) -> None:
         self._loop = _Loop()
-        self._async = engine_.Worker(store, **options)
+        self._async = AsyncWorker(store, **options)
 
     def run(self) -> None:
         """As `Worker.run`."""
@@ -144,7 +147,7 @@ class Worker:
         finally:
             self._loop.stop()
 
-    def stop(self, grace: float = engine_.GRACE) -> None:
+    def stop(self, grace: float = GRACE) -> None:
         """As `Worker.stop`."""
         self._loop.wait(self._async.stop(grace))
 
@@ -152,7 +155,7 @@ class Worker:
 class RunHandle(Generic[R]):
     """As `perdure.RunHandle`, without `await`."""
 
-    def __init__(self, twin: client_.RunHandle[R], loop: _Loop) -> None:
+    def __init__(self, twin: AsyncHandle[R], loop: _Loop) -> None:
         self._async = twin
         self._loop = loop
 
@@ -197,7 +200,7 @@ class RunHandle(Generic[R]):
         self._loop.wait(self._async.terminate(reason))
 
 
-def face_of(twin: client_.Client) -> Client:
+def face_of(twin: AsyncClient) -> Client:
     """The blocking face of an open client or engine, for threads that are not its loop's."""
     loop = twin._core.loop
     if loop is None:
@@ -205,6 +208,6 @@ def face_of(twin: client_.Client) -> Client:
             "The sync face was asked of a client that is not open. It needs the loop on which the client lives. "
             "Enter the client first, or use perdure.sync."
         )
-    kind = Engine if isinstance(twin, engine_.Engine) else Client
+    kind = Engine if isinstance(twin, AsyncEngine) else Client
     face: Client = kind._over(twin, _Loop(loop))
     return face

@@ -20,7 +20,7 @@ PACKAGE: Final = Path(__file__).parents[2] / "src" / "perdure"
 
 # The public names, `import perdure` itself, are a layer of their own: above the engine, below the shells.
 PUBLIC: Final = "the public API"
-INSIDE: Final = {"core", "stores", "runtime", "worker", "client", "engine", "sync"}
+INSIDE: Final = {"core", "stores", "runtime", "worker", "info", "client", "engine", "sync"}
 
 # Layer -> the layers it may import besides itself. A layer is a folder or a module directly inside perdure.
 ARROWS: Final[dict[str, set[str]]] = {
@@ -28,6 +28,7 @@ ARROWS: Final[dict[str, set[str]]] = {
     "stores": {"core"},
     "runtime": {"core"},
     "worker": {"core", "runtime", "stores"},
+    "info": {"core"},
     "client": INSIDE,
     "engine": INSIDE,
     "sync": INSIDE,
@@ -43,7 +44,8 @@ ARROWS: Final[dict[str, set[str]]] = {
 
 # Standard library that decides nothing by itself: no I/O, clock, randomness, threads, loop or environment.
 PURE: Final = {
-    *("__future__", "abc", "base64", "binascii", "bisect", "calendar", "collections", "contextlib", "copy"),
+    *("__future__", "abc", "annotationlib", "base64", "binascii", "bisect", "builtins", "calendar", "collections"),
+    *("contextlib", "copy"),
     *("dataclasses", "datetime", "decimal", "difflib", "enum", "fractions", "functools", "graphlib", "hashlib"),
     *("heapq", "hmac", "inspect", "ipaddress", "itertools", "json", "keyword", "math", "numbers", "operator"),
     *("pprint", "re", "reprlib", "string", "struct", "sys", "textwrap", "traceback", "types", "typing"),
