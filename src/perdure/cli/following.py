@@ -19,6 +19,8 @@ from perdure.worker.waits import waits_of
 
 LOOK: Final = 0.05
 """Seconds between two looks at the history."""
+LONG: Final = 1_000_000
+"""Microseconds after which a step that runs is worth a line of its own."""
 _SIGNS: Final = {"done": "+", "failed": "x", "cancelled": "x", "retrying": "!"}
 _STYLES: Final = {"done": "green", "failed": "red", "cancelled": "yellow", "retrying": "yellow"}
 
@@ -89,8 +91,9 @@ class Follower:
         waits = self._waits(row)
         now = self._core.store.now()
         for wait in waits.waits:
-            # In a terminal the last line says it; without one, each attempt is said once.
-            if self._live is None and wait.kind == "step" and wait.attempt == 1 and wait.step not in self._shown:
+            # In a terminal the last line says it; without one, what takes long is said once.
+            long = wait.kind == "step" and now - wait.since > LONG
+            if self._live is None and long and wait.step not in self._shown:
                 self._shown.add(wait.step)
                 self._print(f"  . {wait.step}: running", "")
         if self._live is not None and waits.waits:
