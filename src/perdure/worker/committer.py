@@ -85,10 +85,21 @@ class Committer:
         items = [*(answer for _, answer in starts), *(a for _, a in sends), *(a for _, a in turns)]
         try:
             verdicts: list[Verdict] = self.store.write(batch)
-            mail = self._mail_for(verdicts[len(starts) : len(starts) + len(sends)], batch)
         except PerdureError as error:
             self._troubled(error, starts, sends, turns)
             return False
+        except Exception as error:
+            # Our bug or a store's: nobody else would tell those who wait, and this thread must go on.
+            log.exception("a batch was not written")
+            trouble = StoreError(f"The store {self.store.url} raised {type(error).__name__}: {error}. Report it.")
+            self._troubled(trouble, starts, sends, turns)
+            return False
+        try:
+            mail = self._mail_for(verdicts[len(starts) : len(starts) + len(sends)], batch)
+        except PerdureError as error:
+            # The batch is written; the safety poll brings the mail.
+            log.warning("mail that was just written could not be read: %s", error)
+            mail = ()
         self.trouble = None
         self.tries = 0
         with self._lock:
@@ -127,7 +138,11 @@ class Committer:
         if any(isinstance(verdict, Kept) and self._owns(verdict.run) for verdict in sent) or any(
             turn.sends and any(self._concerns(send) for send in turn.sends) for turn in batch.turns
         ):
-            return self.store.mail(incarnation)
+            try:
+                return self.store.mail(incarnation)
+            except StoreError as error:
+                # The batch is written all the same; the watcher's next look finds the mail.
+                log.warning("mail could not be read right after it was kept: %s", error)
         return ()
 
     def _concerns(self, send: Send) -> bool:
