@@ -76,7 +76,6 @@ class Shadow:
     waits: dict[str, int | None] = field(default_factory=dict)
     retries: dict[str, int] = field(default_factory=dict)
     remotes: dict[str, str] = field(default_factory=dict)
-    tainted: bool = False
     promised: dict[tuple[int, str, int], int] = field(default_factory=dict)  # (epoch, step, attempt) -> time it had
 
     @property
@@ -103,11 +102,16 @@ class Effects:
         world.note(process.name, "executes", f"{info.run_id} {info.id} attempt {info.attempt}")
         id, epoch = _holder(shift, info)
         place = (process.life, id, info.id)
-        if self.active.get(place):
-            raise Violation("INV-4", f"step {info.id} of {info.run_id} is executed twice at once in {process.name}")
-        self.active[place] = 1
-        self.executions[id, info.id, epoch] += 1
-        world.checks.execution_begins(id, info, epoch)
+        try:
+            if self.active.get(place):
+                raise Violation("INV-4", f"step {info.id} of {info.run_id} is executed twice at once in {process.name}")
+            self.active[place] = 1
+            self.executions[id, info.id, epoch] += 1
+            world.checks.execution_begins(id, info, epoch)
+        except Violation as violation:
+            # Raised inside a step it would only fail that step.
+            world.violation = world.violation or violation
+            raise
         return place, epoch, info, process
 
     def ends(self, token: Any) -> None:
@@ -115,7 +119,11 @@ class Effects:
 
     def cancelled(self, token: Any) -> None:
         (place, epoch, info, process) = token
-        self.world.checks.execution_cancelled(place[1], info, epoch, process)
+        try:
+            self.world.checks.execution_cancelled(place[1], info, epoch, process)
+        except Violation as violation:
+            self.world.violation = self.world.violation or violation
+            raise
 
 
 def _holder(shift: Shift, info: StepInfo) -> tuple[str, int]:
@@ -276,9 +284,6 @@ class Checks:
         shadow.texts.extend(new)
         if new:
             shadow.chain = hashlib.blake2b((shadow.chain + "".join(new)).encode(), digest_size=16).hexdigest()
-            process = self.world.owner_of(turn.owner) if turn is not None else None
-            if process is not None and process.old_code and row.workflow == "changing":
-                shadow.tainted = True
         messages = [self._event(shadow, row, stored.decode(text), turn) for text in new]
         self._mail(shadow, run, [m for m in messages if m is not None])
         if row.kind == "workflow":
@@ -445,7 +450,7 @@ class Checks:
         recorded = shadow.outcomes.get(info.id)
         if recorded is not None and recorded <= shadow.claims.get(epoch, 0):
             raise Violation("INV-4", f"{info.run_id}: {info.id} is executed, its outcome was recorded before the claim")
-        if epoch != row.epoch or recorded is not None or shadow.tainted or row.ended_at is not None:
+        if epoch != row.epoch or recorded is not None or row.ended_at is not None:
             return
         if not self.world.deep:
             return
@@ -491,7 +496,7 @@ class Checks:
     def cold_replay(self, shadow: Shadow) -> None:
         """INV-12, for a whole history and for one prefix of it that ends before an input."""
         row = shadow.row
-        if row.kind != "workflow" or shadow.tainted:
+        if row.kind != "workflow":
             return
         events = shadow.events[:-1] if row.status in WITHOUT_CODE else shadow.events
         inputs = [i for i, event in enumerate(events) if isinstance(event, ev.INPUTS)]
@@ -551,8 +556,6 @@ class Checks:
             else:
                 interrupted = epoch < final or row.status in WITHOUT_CODE or row.status == Status.QUARANTINED
                 allowed = shadow.by_epoch[step, epoch] + (1 if interrupted else 0)
-                if shadow.tainted:
-                    allowed += 1
             if count > allowed:
                 raise Violation(
                     "INV-5", f"{run}: {step} was executed {count} times under epoch {epoch}, {allowed} can be explained"
