@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Final, Generic, ParamSpec, TypeVar
+from typing import Any, Final, Generic, ParamSpec, TypeVar, overload
 
 import msgspec
 
@@ -72,6 +72,7 @@ from perdure.worker.shift import LANGUAGE, Shift
 
 P = ParamSpec("P")
 R = TypeVar("R")
+C = TypeVar("C", bound="Client")
 
 log = logging.getLogger("perdure.client")
 
@@ -346,7 +347,7 @@ class Client:
         self._core = Core(store, namespace, limits if limits is not None else Limits())
         self._options = StartOptions()
 
-    async def __aenter__(self) -> Any:
+    async def __aenter__(self: C) -> C:
         try:
             await self._core.open()
         except BaseException:
@@ -369,7 +370,7 @@ class Client:
         return face_of(self)
 
     def options(
-        self,
+        self: C,
         *,
         id: str | None = None,
         idempotency_key: str | None = None,
@@ -379,7 +380,7 @@ class Client:
         delay: timedelta | float | None = None,
         queue: str | None = None,
         timeout: timedelta | float | None = None,
-    ) -> Any:
+    ) -> C:
         """The same client with these options for the next `start`.
 
         id: 1 to 255 printable characters; default: a new one. idempotency_key: one run per key, workflow and
@@ -408,9 +409,11 @@ class Client:
         )
         return view
 
-    async def start(
-        self, workflow: Workflow[Any, R] | Callable[..., Any] | str, /, *args: Any, **kwargs: Any
-    ) -> RunHandle[R]:
+    @overload
+    async def start(self, workflow: Workflow[P, R], /, *args: P.args, **kwargs: P.kwargs) -> RunHandle[R]: ...
+    @overload
+    async def start(self, workflow: str, /, *args: Any, **kwargs: Any) -> RunHandle[Any]: ...
+    async def start(self, workflow: Any, /, *args: Any, **kwargs: Any) -> RunHandle[Any]:
         """Start a run; durable when it returns. workflow: the object, or a name that some worker has announced.
 
         Arguments after it are the run's input, checked here if the object is given. Refused with nothing written:

@@ -10,7 +10,7 @@ import asyncio
 import threading
 from collections.abc import Coroutine
 from datetime import timedelta
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 from perdure.client import Client as AsyncClient
 from perdure.client import RunHandle as AsyncHandle
@@ -21,10 +21,13 @@ from perdure.engine import Worker as AsyncWorker
 from perdure.info import Event, RunInfo, RunPage
 from perdure.runtime.context import SyncContext as Context
 from perdure.runtime.context import SyncPending as Pending
+from perdure.runtime.registry import Workflow
 
 __all__ = ["Client", "Context", "Engine", "Pending", "RunHandle", "Worker"]
 
+P = ParamSpec("P")
 R = TypeVar("R")
+C = TypeVar("C", bound="Client")
 T = TypeVar("T")
 
 
@@ -86,13 +89,13 @@ class Client:
         self._async: AsyncClient = self._twin(store, **options)
 
     @classmethod
-    def _over(cls, twin: AsyncClient, loop: _Loop) -> Any:
+    def _over(cls: type[C], twin: AsyncClient, loop: _Loop) -> C:
         face = object.__new__(cls)
         face._loop = loop
         face._async = twin
         return face
 
-    def __enter__(self) -> Any:
+    def __enter__(self: C) -> C:
         self._loop.wait(self._async.__aenter__())
         return self
 
@@ -106,10 +109,14 @@ class Client:
         self._loop.wait(self._async.close())
         self._loop.stop()
 
-    def options(self, **options: Any) -> Any:
+    def options(self: C, **options: Any) -> C:
         """As `Client.options`."""
         return self._over(self._async.options(**options), self._loop)
 
+    @overload
+    def start(self, workflow: Workflow[P, R], /, *args: P.args, **kwargs: P.kwargs) -> RunHandle[R]: ...
+    @overload
+    def start(self, workflow: str, /, *args: Any, **kwargs: Any) -> RunHandle[Any]: ...
     def start(self, workflow: Any, /, *args: Any, **kwargs: Any) -> RunHandle[Any]:
         """As `Client.start`."""
         return RunHandle(self._loop.wait(self._async.start(workflow, *args, **kwargs)), self._loop)

@@ -16,12 +16,12 @@ import warnings
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from hashlib import blake2b
-from typing import Any, Final, Generic, ParamSpec, Protocol, TypeVar
+from typing import Any, Final, Generic, ParamSpec, Protocol, TypeVar, overload
 
 import msgspec
 
 from perdure.core.codec import plan
-from perdure.core.errors import Cancelled, Evicted
+from perdure.core.errors import Cancelled, Evicted, Unwinding, timed_out
 from perdure.core.limits import Limits, check_id
 from perdure.core.match import CANCELLED, DONE, Line, Op
 from perdure.core.retry import duration, instant, micros, moment
@@ -76,7 +76,7 @@ class Host(Protocol):
     def active(self) -> bool:
         """Whether the calling thread is the one in which this run's body runs now."""
 
-    def wait_for(self, ready: Callable[[], bool], ops: Sequence[Op]) -> None:
+    def wait_for(self, ready: Callable[[], bool], ops: Sequence[Op], own: Op | None = None) -> None:
         """Sync runs: give the thread back until `ready()`."""
 
 
@@ -226,6 +226,9 @@ class Facts:
             return
         if not self.host.active():
             if self.host.stopped is not None:
+                self.raised += 1
+                if self.raised > MOST_REFUSALS:
+                    self.host.hold()
                 raise self.host.stopped
             raise RuntimeError(
                 f"ctx was used outside the workflow's own body (for {what}). Only the body may call it, because "
@@ -406,7 +409,12 @@ async def _waited(facts: Facts, ops: list[Op], timeout: Any, read: Callable[[lis
 async def _until(facts: Facts, ready: Callable[[], bool], ops: list[Op], timeout: Any, *, strict: bool) -> None:
     """Wait in an async run until `ready()`; a wait that ran out is a TimeoutError if `strict`."""
     facts.may_speak("waiting")
+    length = None if timeout is None else duration(timeout, "timeout=").total_seconds()
     if ready():
+        return
+    if length == 0:
+        if strict:
+            raise timed_out(_too_long(ops))
         return
     loop: RunLoop = facts.host.loop  # type: ignore[attr-defined]
     future = loop.create_future()
@@ -419,14 +427,11 @@ async def _until(facts: Facts, ready: Callable[[], bool], ops: list[Op], timeout
         if not op.over:
             op.waiters.append(check)
     timer = None
-    if timeout is not None:
-        length = duration(timeout, "timeout=").total_seconds()
-        if length == 0 and not strict:
-            return
+    if length is not None:
 
         def ring() -> None:
             if not future.done():
-                future.set_exception(TimeoutError(_too_long(ops)))
+                future.set_exception(timed_out(_too_long(ops)))
 
         timer = loop.call_later(length, ring)
     try:
@@ -491,6 +496,14 @@ class Step(_Asking):
         _known_options(options)
         return Step(self._facts, self._with(options))
 
+    @overload
+    def run(self, id: str, fn: Activity[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Operation[R]: ...
+    @overload
+    def run(
+        self, id: str, fn: Callable[P, Coroutine[Any, Any, R]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Operation[R]: ...
+    @overload
+    def run(self, id: str, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Operation[R]: ...
     def run(self, id: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Operation[Any]:
         """Run `fn(*args, **kwargs)` here; once its outcome is recorded it never runs again."""
         return self._operation(self._local(id, fn, args, kwargs))
@@ -519,6 +532,10 @@ class Step(_Asking):
         """The next signal of this name (default: the id), also one that came before; `TimeoutError` if too late."""
         return self._operation(self._signal(id, name, returns, timeout))
 
+    @overload
+    def run_workflow(self, id: str, workflow: Workflow[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Operation[R]: ...
+    @overload
+    def run_workflow(self, id: str, workflow: str, /, *args: Any, **kwargs: Any) -> Operation[Any]: ...
     def run_workflow(self, id: str, workflow: Any, /, *args: Any, **kwargs: Any) -> Operation[Any]:
         """Start a child run and wait for its result; `ChildFailed` if it ends otherwise."""
         return self._operation(self._child(id, workflow, args, kwargs, awaited=True))
@@ -527,6 +544,18 @@ class Step(_Asking):
         """Start a child run and go on: its run id."""
         return self._operation(self._child(id, workflow, args, kwargs, awaited=False))
 
+    @overload
+    def start(
+        self, id: str, target: Activity[P, R] | Workflow[P, R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Pending[R]: ...
+    @overload
+    def start(self, id: str, target: str, /, *args: Any, **kwargs: Any) -> Pending[Any]: ...
+    @overload
+    def start(
+        self, id: str, target: Callable[P, Coroutine[Any, Any, R]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Pending[R]: ...
+    @overload
+    def start(self, id: str, target: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Pending[R]: ...
     def start(self, id: str, target: Any, /, *args: Any, **kwargs: Any) -> Pending[Any]:
         """Begin a step, activity or child now and wait later."""
         op = self._target(id, target, args, kwargs)
@@ -592,10 +621,15 @@ def _block(facts: Facts, ready: Callable[[], bool], ops: Sequence[Op], timeout: 
         facts.line.add_timer(facts.line.now + length, alarm)
         try:
             facts.host.wait_for(lambda: alarm.rang or ready(), ops)
-        finally:
+        except Unwinding:
+            # Only the thread goes: the deadline of the wait stays.
+            raise
+        except BaseException:
             alarm.gone = True
+            raise
+        alarm.gone = True
     if strict and not ready():
-        raise TimeoutError(_too_long(ops))
+        raise timed_out(_too_long(ops))
 
 
 class SyncStep(_Asking):
@@ -608,7 +642,7 @@ class SyncStep(_Asking):
         line.begin(op)
         if not op.over:
             try:
-                self._facts.host.wait_for(lambda: op.over, (op,))
+                self._facts.host.wait_for(lambda: op.over, (op,), own=op)
             except Cancelled:
                 line.cancel(op)
                 raise
@@ -619,6 +653,12 @@ class SyncStep(_Asking):
         _known_options(options)
         return SyncStep(self._facts, self._with(options))
 
+    @overload
+    def run(self, id: str, fn: Activity[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    @overload
+    def run(self, id: str, fn: Callable[P, Coroutine[Any, Any, R]], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    @overload
+    def run(self, id: str, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
     def run(self, id: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """As `Step.run`."""
         return self._finish(self._local(id, fn, args, kwargs))
@@ -647,6 +687,10 @@ class SyncStep(_Asking):
         """As `Step.wait_signal`."""
         return self._finish(self._signal(id, name, returns, timeout))
 
+    @overload
+    def run_workflow(self, id: str, workflow: Workflow[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    @overload
+    def run_workflow(self, id: str, workflow: str, /, *args: Any, **kwargs: Any) -> Any: ...
     def run_workflow(self, id: str, workflow: Any, /, *args: Any, **kwargs: Any) -> Any:
         """As `Step.run_workflow`."""
         return self._finish(self._child(id, workflow, args, kwargs, awaited=True))
@@ -655,6 +699,18 @@ class SyncStep(_Asking):
         """As `Step.emit_workflow`."""
         return str(self._finish(self._child(id, workflow, args, kwargs, awaited=False)))
 
+    @overload
+    def start(
+        self, id: str, target: Activity[P, R] | Workflow[P, R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> SyncPending[R]: ...
+    @overload
+    def start(self, id: str, target: str, /, *args: Any, **kwargs: Any) -> SyncPending[Any]: ...
+    @overload
+    def start(
+        self, id: str, target: Callable[P, Coroutine[Any, Any, R]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> SyncPending[R]: ...
+    @overload
+    def start(self, id: str, target: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> SyncPending[R]: ...
     def start(self, id: str, target: Any, /, *args: Any, **kwargs: Any) -> SyncPending[Any]:
         """As `Step.start`."""
         op = self._target(id, target, args, kwargs)

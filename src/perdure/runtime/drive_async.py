@@ -12,7 +12,6 @@ from perdure.core.match import Line, Op
 from perdure.runtime.context import Operation
 from perdure.runtime.loop import RunLoop, RunTask
 
-
 survivors: Final[list[Any]] = []
 """Code that would not be closed, kept for ever: dropped, the collector would run it in the middle of another run."""
 
@@ -33,7 +32,7 @@ class AsyncDriver:
     suspended = False
     wants_body = False
 
-    def wait_for(self, ready: Callable[[], bool], ops: Sequence[Op]) -> None:
+    def wait_for(self, ready: Callable[[], bool], ops: Sequence[Op], own: Op | None = None) -> None:
         raise AssertionError("an async run does not block")
 
     def hold(self) -> None:

@@ -100,6 +100,7 @@ class SyncDriver:
         self._inside = 0
         self._ready: Callable[[], bool] | None = None
         self._ops: Sequence[Op] = ()
+        self._own: Op | None = None
         self._cancel = False
         self.stopped: Unwinding | None = None
         self._value: Any = None
@@ -158,13 +159,7 @@ class SyncDriver:
 
     def may_execute(self, op: Op) -> bool:
         """Whether this operation's function belongs on the body's thread: the body waits for it alone."""
-        return (
-            not self.suspended
-            and not self._over
-            and self.executing is None
-            and len(self._ops) == 1
-            and self._ops[0] is op
-        )
+        return not self.suspended and not self._over and self.executing is None and self._own is op
 
     def execute(self, op: Op, job: Callable[[], None]) -> None:
         """Run the function of the `run` the body waits for on the body's thread; `job` reports by itself."""
@@ -206,10 +201,11 @@ class SyncDriver:
 
     # --- the body's side ---
 
-    def wait_for(self, ready: Callable[[], bool], ops: Sequence[Op]) -> None:
-        """Give the baton back until `ready()`; meanwhile execute the function of the `run` waited for."""
+    def wait_for(self, ready: Callable[[], bool], ops: Sequence[Op], own: Op | None = None) -> None:
+        """Give the baton back until `ready()`; meanwhile execute the function of the `run` waited for, `own`."""
         self._ready = ready
         self._ops = ops
+        self._own = own
         self._rest()
         while True:
             job = self._to_body.get()
@@ -223,6 +219,7 @@ class SyncDriver:
         self._inside = threading.get_ident()
         self._ready = None
         self._ops = ()
+        self._own = None
         if self._cancel:
             self._cancel = False
             raise Cancelled(self.line.cancel_reason)

@@ -7,10 +7,10 @@ name are an error that names both places.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from datetime import timedelta
 from types import ModuleType
-from typing import Any, Generic, Literal, ParamSpec, TypeVar, overload
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from perdure.core.limits import check_name
 from perdure.core.retry import Retry, duration
@@ -48,7 +48,7 @@ class Workflow(Generic[P, R]):
 
     def __init__(
         self,
-        fn: Callable[P, Any],
+        fn: Callable[..., Any],
         *,
         name: str | None = None,
         queue: str = "default",
@@ -77,8 +77,8 @@ class Workflow(Generic[P, R]):
         self.__doc__ = fn.__doc__
         self.__wrapped__ = fn
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
-        return self.fn(*args, **kwargs)
+    def __call__(self, ctx: Any, /, *args: P.args, **kwargs: P.kwargs) -> Any:
+        return self.fn(ctx, *args, **kwargs)
 
     def __repr__(self) -> str:
         return f"<workflow {self.name} ({self.place})>"
@@ -89,7 +89,7 @@ class Activity(Generic[P, R]):
 
     def __init__(
         self,
-        fn: Callable[P, Any],
+        fn: Callable[..., Any],
         *,
         name: str | None = None,
         queue: str | None = None,
@@ -124,8 +124,23 @@ class Activity(Generic[P, R]):
         return f"<activity {self.name} ({self.place})>"
 
 
+class _WorkflowDecorator(Protocol):
+    """What `@workflow(...)` gives: the same three forms."""
+
+    @overload
+    def __call__(self, fn: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]], /) -> Workflow[P, R]: ...
+    @overload
+    def __call__(self, fn: Callable[Concatenate[Any, P], Generator[Any, Any, R]], /) -> Workflow[P, R]: ...
+    @overload
+    def __call__(self, fn: Callable[Concatenate[Any, P], R], /) -> Workflow[P, R]: ...
+
+
 @overload
-def workflow(fn: Callable[P, R], /) -> Workflow[P, R]: ...
+def workflow(fn: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]], /) -> Workflow[P, R]: ...
+@overload
+def workflow(fn: Callable[Concatenate[Any, P], Generator[Any, Any, R]], /) -> Workflow[P, R]: ...
+@overload
+def workflow(fn: Callable[Concatenate[Any, P], R], /) -> Workflow[P, R]: ...
 @overload
 def workflow(
     *,
@@ -134,7 +149,7 @@ def workflow(
     timeout: timedelta | float | None = None,
     retry: Retry | None = None,
     on_failure: Callable[..., Any] | None = None,
-) -> Callable[[Callable[P, R]], Workflow[P, R]]: ...
+) -> _WorkflowDecorator: ...
 def workflow(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """Make a function a workflow: `@workflow`, or `@workflow(name=…, queue=…, timeout=…)`.
 
@@ -148,6 +163,17 @@ def workflow(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     return Workflow(fn)
 
 
+class _ActivityDecorator(Protocol):
+    """What `@activity(...)` gives: the same two forms."""
+
+    @overload
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> Activity[P, R]: ...
+    @overload
+    def __call__(self, fn: Callable[P, R], /) -> Activity[P, R]: ...
+
+
+@overload
+def activity(fn: Callable[P, Coroutine[Any, Any, R]], /) -> Activity[P, R]: ...
 @overload
 def activity(fn: Callable[P, R], /) -> Activity[P, R]: ...
 @overload
@@ -159,7 +185,7 @@ def activity(
     timeout: timedelta | float | None = None,
     total_timeout: timedelta | float | None = None,
     raises: tuple[type[BaseException], ...] | type[BaseException] = (),
-) -> Callable[[Callable[P, R]], Activity[P, R]]: ...
+) -> _ActivityDecorator: ...
 def activity(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """Give a step's function its own policy: `@activity`, or `@activity(retry=Retry(…), timeout=30)`.
 

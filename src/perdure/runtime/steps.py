@@ -22,6 +22,7 @@ from msgspec import Raw
 from perdure.core import codec, failure
 from perdure.core import events as ev
 from perdure.core.codec import Plan, plan
+from perdure.core.errors import timed_out
 from perdure.core.limits import ID_LENGTH, Limits
 from perdure.core.match import Op
 from perdure.core.retry import Retry
@@ -108,7 +109,7 @@ class Length:
         return self.returns.decode(bytes(raw), "the signal")
 
     def fail(self, step: str, event: Any) -> BaseException:
-        return TimeoutError(
+        return timed_out(
             f'The wait "{step}" ended without a signal. None came before its timeout. '
             "Catch TimeoutError to go on without it, or give it a longer timeout."
         )

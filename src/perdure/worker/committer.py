@@ -138,11 +138,7 @@ class Committer:
         if any(isinstance(verdict, Kept) and self._owns(verdict.run) for verdict in sent) or any(
             turn.sends and any(self._concerns(send) for send in turn.sends) for turn in batch.turns
         ):
-            try:
-                return self.store.mail(incarnation)
-            except StoreError as error:
-                # The batch is written all the same; the watcher's next look finds the mail.
-                log.warning("mail could not be read right after it was kept: %s", error)
+            return self.store.mail(incarnation)
         return ()
 
     def _concerns(self, send: Send) -> bool:
