@@ -364,7 +364,7 @@ class _Life:
 
     def _again(self, suffix: str, id: str) -> Plain:
         try:
-            yield lambda step: step.run(id, self.work, id)
+            yield lambda step: step.options(retry=RETRY).run(id, self.work, id)
         except (DuplicateStepId, StepFailed) as error:
             self.say(type(error).__name__)
 

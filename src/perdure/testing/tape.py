@@ -8,7 +8,7 @@ position it left. `replayed` and `resumed` bring other plays to the same places,
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Final
@@ -36,6 +36,8 @@ async def no_work(id: str) -> int:
     """The function of a step whose outcome the tape gives."""
     raise AssertionError("the tape gives outcomes, no function runs")
 
+
+no_work.__name__ = "work"  # Named in histories as the function that a service executes.
 
 KNOWN: Final[dict[str, Workflow[Any, Any]]] = {LEAF: leaf(no_work)}
 
@@ -156,26 +158,34 @@ def live(program: Program, seed: int, *, most: int = 40, unwinding: bool = True)
     tape = begin(program)
     now = START
     signals = 0
+    told: set[str] = set()
     while not tape.play.over and len(tape.beats) < most:
         play = tape.play
         if unwinding and rng.random() < 0.2:
             play.unwind()
-        event, now = draw(play, rng, now, signals)
+        event, now = draw(play, rng, now, signals, told)
         if event is None:
             break
         if isinstance(event, ev.Signal):
             signals += 1
+        elif isinstance(event, ev.ChildEnded):
+            told.add(event.step)
         give(tape, event)
     return tape
 
 
-def draw(play: Play, rng: random.Random, now: int, signals: int) -> tuple[ev.Input | None, int]:
+def draw(
+    play: Play, rng: random.Random, now: int, signals: int, told: Collection[str] = ()
+) -> tuple[ev.Input | None, int]:
     """What reaches the code next, and when; None if nothing can but what nobody sends."""
     line = play.line
+    if line.due(now):
+        # As the owner of a run does: what is due at once is delivered at once.
+        return ev.Time(at=now), now
     now += rng.choice([0, 0, 1, SECOND // 2, SECOND, SECOND, 5 * SECOND, 70 * SECOND])
     if line.due(now):
         return ev.Time(at=now), now
-    choices: list[Any] = [*_outcomes(line), *_ends(line)]
+    choices: list[Any] = [*_outcomes(line), *(op for op in _ends(line) if op.id not in told)]
     if signals < 6 and (line.waits or rng.random() < 0.15):
         choices.append("signal")
     if not line.cancel_requested or rng.random() < 0.2:
