@@ -217,7 +217,7 @@ async def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError):
             await it.list_runs(cursor="next")
         with pytest.raises(TypeError):
-            await it.start(len, [])
+            await it.start(len, [])  # type: ignore[call-overload]  # the mistake under test
     for settings in ({"concurrency": 0}, {"threads": 0}, {"resident": -1}, {"lease": 0}, {"queues": [""]}):
         with pytest.raises(ValueError):
             Engine(url_of(tmp_path), **settings)

@@ -76,7 +76,7 @@ async def test_a_childs_id_comes_from_its_parent_and_is_always_an_id(tmp_path: P
         if depth == 0:
             return ctx.run.id
         below = ctx.step.options(id="chosen" if depth == 1 else None)
-        return str(await below.run_workflow("a" * 100, nests, depth - 1))
+        return str(await below.run_workflow("a" * 100, nests, depth - 1))  # type: ignore[call-overload]  # recursive
 
     async with engine(tmp_path, nests) as it:
         handle = await it.options(id="top").start(nests, 4)
