@@ -28,8 +28,11 @@ from perdure import (
     RunHandle,
     RunTerminated,
     RunTimedOut,
+    SQLiteStore,
     StepFailed,
     StepTimedOut,
+    StoreError,
+    StoreUnavailable,
     UnknownWorkflow,
     Worker,
     current_step,
@@ -511,3 +514,87 @@ async def test_a_history_that_cannot_be_read_harms_only_its_run(tmp_path: Path) 
         assert await (await second.start(double, 4)).result(timeout=10) == 8
         await status_of(second.handle("w1"), "blocked")
         assert "from_the_future" in await second.handle("w1").why()
+
+
+# --- a store in trouble --------------------------------------------------------------------------------
+
+
+class Troubled(SQLiteStore):
+    """A store whose calls can be made to fail."""
+
+    failing: frozenset[str] = frozenset()
+    error: Exception = StoreUnavailable("as the test wants it")
+
+    def write(self, batch: Any) -> Any:
+        self._maybe("write")
+        return super().write(batch)
+
+    def mail(self, incarnation: str) -> Any:
+        self._maybe("mail")
+        return super().mail(incarnation)
+
+    def history(self, run: int, after: int = 0) -> Any:
+        self._maybe("history")
+        return super().history(run, after)
+
+    def reap(self, *, limit: int = 1000) -> Any:
+        self._maybe("reap")
+        return super().reap(limit=limit)
+
+    def heartbeat(self, incarnation: str) -> Any:
+        self._maybe("heartbeat")
+        return super().heartbeat(incarnation)
+
+    def _maybe(self, call: str) -> None:
+        if call in self.failing:
+            raise self.error
+
+
+async def test_a_signal_that_was_kept_is_kept_also_when_reading_fails(tmp_path: Path) -> None:
+    store = Troubled(tmp_path / "runs.db")
+    async with Engine(store, workflows=[waiting]) as it:
+        handle = await it.start(waiting)
+        await status_of(handle, "waiting")
+        store.failing = frozenset({"mail"})
+        await handle.signal("go", 1)
+        store.failing = frozenset()
+        assert await handle.result(timeout=20) == 1
+    store.close()
+
+
+@pytest.mark.parametrize("error", [StoreUnavailable("as the test wants it"), RuntimeError("a bug of the store")])
+async def test_trouble_with_the_store_is_told_to_callers_and_outlived_by_runs(tmp_path: Path, error: Exception) -> None:
+    calls: list[int] = []
+
+    def work() -> int:
+        calls.append(1)
+        return 5
+
+    @workflow
+    async def works(ctx: Context) -> int:
+        await ctx.step.wait_signal("go")
+        return await ctx.step.run("work", work)
+
+    store = Troubled(tmp_path / "runs.db")
+    store.error = error
+    async with Engine(store, workflows=[works], lease=1) as it:
+        handle = await it.start(works)
+        await status_of(handle, "waiting")
+        store.failing = frozenset({"write"})
+        with pytest.raises(StoreError, match=str(error)):
+            await it.start(works)
+        store.failing = frozenset()
+        await handle.signal("go")
+        await until(lambda: calls, "the step")
+        store.failing = frozenset({"write", "mail", "history", "reap", "heartbeat"})
+        again = asyncio.ensure_future(it.start(works))
+        with pytest.raises(StoreError):
+            await again
+        await asyncio.sleep(1.5)
+        store.failing = frozenset()
+        assert await handle.result(timeout=20) == 5
+        assert len(calls) <= 2
+        later = await it.start(works)
+        await later.signal("go")
+        assert await later.result(timeout=20) == 5
+    store.close()

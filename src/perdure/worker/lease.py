@@ -63,6 +63,10 @@ class Heartbeat:
         except StoreError as error:
             log.warning("a heartbeat failed: %s", error)
             return
+        except Exception:
+            # Without a heart this worker would be taken for dead, and never know.
+            log.exception("a heartbeat failed")
+            return
         if lease is None:
             if not self.is_dead:
                 self.is_dead = True
