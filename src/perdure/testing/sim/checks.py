@@ -79,6 +79,11 @@ class Shadow:
     promised: dict[tuple[int, str, int], int] = field(default_factory=dict)  # (epoch, step, attempt) -> time it had
 
     @property
+    def loose(self) -> bool:
+        """Whether it is a random program, which may wait for ever for something of its own."""
+        return self.row.workflow.startswith("program-")
+
+    @property
     def timers(self) -> list[int]:
         """All due times that the history alone tells."""
         return [*self.sleeps.values(), *self.retries.values(), *(d for d in self.waits.values() if d is not None)]
@@ -421,7 +426,7 @@ class Checks:
             return
         if row.status == Status.RUNNING:
             raise Violation("INV-9", f"{row.id} is running and nobody has it")
-        if None in shadow.waits.values():
+        if None in shadow.waits.values() or shadow.loose:
             return
         for id in shadow.remotes.values():
             other = self.store._newest.get((row.namespace, id))

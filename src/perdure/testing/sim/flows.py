@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from perdure.core.retry import Retry
 from perdure.runtime.registry import Activity, Workflow, activity, workflow
+from perdure.testing.programs import leaf
 from perdure.worker.executing import StepInfo, current_step
 
 # --- steps ---------------------------------------------------------------------------------------------
@@ -62,6 +63,17 @@ async def poison() -> None:
     """A step that kills its worker."""
     with _effect():
         WORLD.kill_here()
+
+
+async def program_work(id: str) -> Any:
+    """The step of random programs: it takes a while, and may fail."""
+    with _effect():
+        length = LENGTHS[WORLD.tape.choose(len(LENGTHS), "work")]
+        if length:
+            await asyncio.sleep(length)
+        if WORLD.tape.choose(4, "fails?") == 3:
+            raise ValueError(f"no luck with {id}")
+    return 7
 
 
 @activity(queue="remote", retry=QUICK)
@@ -316,5 +328,5 @@ CANONICAL: Final[tuple[Workflow[Any, Any], ...]] = (
     changing_new,
 )
 """What clients start: every crash point of each is tried."""
-OTHERS: Final[tuple[Workflow[Any, Any], ...]] = (child, killing)
+OTHERS: Final[tuple[Workflow[Any, Any], ...]] = (child, killing, leaf(program_work))
 ACTIVITIES: Final[tuple[Activity[Any, Any], ...]] = (remote,)

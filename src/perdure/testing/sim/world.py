@@ -34,6 +34,7 @@ from perdure.core.status import Status
 from perdure.core.turn import Batch, Mail, Send
 from perdure.runtime.registry import Registry, Workflow
 from perdure.stores.memory import MemoryStore
+from perdure.testing.programs import program
 from perdure.testing.sim import flows
 from perdure.testing.sim.checks import THREADS, Checks, Effects, Violation
 from perdure.testing.sim.loop import SimLoop
@@ -48,9 +49,10 @@ from perdure.worker.shift import Settings, Shift
 SECOND: Final = 1_000_000
 EPOCH: Final = 1_700_000_000 * SECOND
 """Where every universe's store clock begins."""
-BOUND: Final = 300 * SECOND
+BOUND: Final = 900 * SECOND
 """Once faults stop, every run has ended after this long."""
-MOST_STEPS: Final = 8000
+SPINS: Final = 3000
+"""So many steps within one second of the universe are a loop that never backs off."""
 MOVING: Final = frozenset({"write", "claim", "history", "mail", "mailbox", "retire"})
 
 
@@ -78,7 +80,7 @@ class Config:
     old_code: bool = False
     only: Workflow[Any, Any] | None = None
     crash_at: tuple[int, str] | None = None
-    extra: tuple[Workflow[Any, Any], ...] = ()
+    programs: tuple[int, ...] = ()
     deep: bool = True
 
 
@@ -113,6 +115,7 @@ def drawn(tape: Tape) -> Config:
         mailbox=(10_000, 3)[tape.choose(2, "mailbox") if kind else 0],
         budget=(120, 250, 400)[tape.choose(3, "budget")],
         old_code=tape.choose(4, "old code") == 3,
+        programs=tuple(tape.choose(100_000, "program") for _ in range(tape.choose(4, "programs"))),
         deep=tape.choose(3, "deep") == 2,
     )
 
@@ -418,7 +421,10 @@ class World:
         self.here: Process | None = None
         self.to_kill: Process | None = None
         self._drawn = 0
-        shared = [flow for flow in (*flows.CANONICAL, *flows.OTHERS, *self.config.extra) if flow.name != "changing"]
+        self.programs = [
+            program(seed).workflow(flows.program_work, name=f"program-{seed}") for seed in dict.fromkeys(self.config.programs)
+        ]
+        shared = [flow for flow in (*flows.CANONICAL, *flows.OTHERS, *self.programs) if flow.name != "changing"]
         self.registry = Registry([*shared, flows.changing_new], flows.ACTIVITIES)
         self.old_registry = Registry([*shared, flows.changing_old], flows.ACTIVITIES)
         self.checks = Checks(self)
@@ -566,7 +572,7 @@ class World:
             if config.only.name in ("cleaning", "plain_parent"):
                 planned.append((SECOND, "cancel", {"id": "run-1"}))
             return planned
-        pool = [*flows.CANONICAL, *config.extra, *([flows.changing_new] * 10 if config.old_code else ())]
+        pool = [*flows.CANONICAL, *self.programs * 3, *([flows.changing_new] * 10 if config.old_code else ())]
         for i in range(1 + tape.choose(5, "runs")):
             which = tape.choose(len(pool) + 1, "workflow")
             workflow = pool[which] if which < len(pool) else flows.killing
@@ -623,7 +629,7 @@ class World:
         if process.old_code and workflow.name == "changing":
             workflow = flows.changing_old
         view = process.client.options(id=facts["id"], idempotency_key=facts.get("key"))
-        handle = await view.start(workflow, facts["n"])
+        handle = await view.start(workflow, *(() if workflow in self.programs else (facts["n"],)))
         if handle.id != facts["id"]:
             self.violation = Violation("INV-13", f"the start of {facts['id']} answered {handle.id}")
         self.checks.started[handle.id] = workflow.name
@@ -693,13 +699,17 @@ class World:
     def _settle(self) -> None:
         nudge_at = self.time + 5 * SECOND
         commits = self.checks.commits
-        steps = self.steps
+        second = -SECOND
         while not self.at_rest():
             self.step()
             if self.time >= nudge_at:
                 nudge_at = self.time + 5 * SECOND
                 self._nudge()
-            if self.time > self.healed_at + BOUND or self.steps > steps + MOST_STEPS:
+            if self.steps % SPINS == 0:
+                if self.time < second + SECOND:
+                    raise Violation("INV-23", f"a loop without back-off: {self._unfinished()}")
+                second = self.time
+            if self.time > self.healed_at + BOUND:
                 raise Violation("INV-23", f"{self._unfinished()} after {(self.time - self.healed_at) / SECOND:.0f} s")
             if self.checks.commits > commits + 3000:
                 raise Violation("INV-23", f"a loop without back-off: {self._unfinished()}")
@@ -730,8 +740,12 @@ class World:
             if row.ended_at is not None:
                 continue
             if None in shadow.waits.values():
-                send = Send(to=row.key, id=f"nudge-{self.time}", kind="signal", name="go", data="0")
-                self.checks.write(Batch(sends=[send]))
+                for name in ("go", "stop"):
+                    send = Send(to=row.key, id=f"nudge-{name}-{self.time}", kind="signal", name=name, data="0")
+                    self.checks.write(Batch(sends=[send]))
+            elif shadow.loose and row.status == Status.WAITING and row.wake_at is None and not shadow.remotes:
+                # A program may wait for ever for something of its own.
+                self.operations.append((self.time, "terminate", {"id": row.id}))
 
     def _unfinished(self) -> str:
         return ", ".join(

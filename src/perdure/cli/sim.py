@@ -1,0 +1,50 @@
+"""`perdure sim`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import click
+
+from perdure.cli.words import say, tell
+
+
+@click.command()
+@click.option("--seed", type=int, default=0, help="The first universe; default 0.")
+@click.option("--universes", type=click.IntRange(min=1), default=1, help="How many, from the seed on; default 1.")
+@click.option("--tape", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Play a kept tape instead.")
+@click.option("--trace", is_flag=True, help="Print what happened, line by line.")
+@click.option("--shrink/--no-shrink", default=True, help="Make a failing universe small before it is printed.")
+def command(seed: int, universes: int, tape: Path | None, trace: bool, shrink: bool) -> None:
+    """Run the seeded simulation of the engine.
+
+    Crashes, delays and lost answers at every call of the store; every promise is checked after every commit.
+    The same seed is the same universe. Exit code 1 if a promise was broken."""
+    from perdure.testing import sim
+
+    sometimes: Counter[str] = Counter()
+    given = json.loads(tape.read_text(encoding="utf-8")) if tape is not None else None
+    first = given["seed"] if given is not None else seed
+    began = time.perf_counter()
+    for number in range(first, first + universes):
+        report = sim.run(number, tape=given["tape"] if given is not None else None)
+        sometimes.update(report.sometimes)
+        if number % 100 == 99 and given is None and sim.run(number).trace_hash != report.trace_hash:
+            tell(f"seed {number} is not the same universe twice")
+            sys.exit(1)
+        if report.violation is not None:
+            if shrink:
+                report = sim.shrunk(report)
+            say(report.text())
+            tell(f"kept as a tape: {json.dumps({'seed': number, 'why': str(report.violation), 'tape': report.tape})}")
+            sys.exit(1)
+        if trace:
+            say(report.text())
+    for name, count in sorted(sometimes.items()):
+        tell(f"{count:8}  {name}")
+    taken = time.perf_counter() - began
+    say(f"{universes} universes, {universes / taken:.0f} a second, no promise broken")

@@ -1,0 +1,107 @@
+"""The change gate of the simulation: kept tapes, new universes, every single crash point, and the planted bugs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from perdure.testing import sim
+from perdure.testing.sim import flows
+from perdure.testing.sim.planted import PLANTED, planted
+from perdure.testing.sim.store import FAULTS
+from perdure.testing.sim.world import POWERS, Config
+
+pytestmark = [
+    # Universes end in the middle of things: coroutines that nobody awaits any more.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+TAPES = sorted((Path(__file__).parent / "tapes").glob("*.json"))
+BLOCKS = 6
+BLOCK = 500
+SOMETIMES: Counter[str] = Counter()
+PLAYED: set[int] = set()
+
+HAPPENS = {
+    *(f"{fault} at write" for fault in FAULTS),
+    *(f"{fault} at claim" for fault in ("crash_before", "crash_after", "error_before", "ack_lost", "delayed", "duplicated")),
+    *(f"{fault} at reap" for fault in ("crash_before", "crash_after", "ack_lost", "delayed")),
+    *(f"crash at {call}" for call in ("history", "mail", "mailbox")),
+    *POWERS,
+    *("fenced", "more mail", "committed before", "reaped", "delivered late", "terminated", "killed by its step"),
+    "left in peace",
+}
+"""What has to have happened at least once: a zero is a failure of the tests."""
+
+
+@pytest.mark.parametrize("tape", TAPES, ids=lambda path: path.stem)
+def test_a_kept_tape_breaks_no_promise_again(tape: Path) -> None:
+    kept = json.loads(tape.read_text(encoding="utf-8"))
+    report = sim.run(kept["seed"], tape=kept["tape"])
+    assert report.violation is None, report.text()
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_no_universe_breaks_a_promise(block: int) -> None:
+    for seed in range(block * BLOCK, (block + 1) * BLOCK):
+        report = sim.run(seed)
+        SOMETIMES.update(report.sometimes)
+        assert report.violation is None, sim.shrunk(report).text()
+        if seed % 100 == 0:
+            assert sim.run(seed).trace_hash == report.trace_hash, f"seed {seed} is not the same universe twice"
+    PLAYED.add(block)
+
+
+def test_everything_that_may_happen_did_happen() -> None:
+    if len(PLAYED) < BLOCKS:
+        pytest.skip("the universes were played elsewhere")
+    print(*(f"{count:8}  {name}" for name, count in sorted(SOMETIMES.items())), sep="\n")
+    assert not HAPPENS - SOMETIMES.keys()
+
+
+@pytest.mark.parametrize("workflow", flows.CANONICAL, ids=lambda workflow: workflow.name)
+def test_a_crash_at_any_call_of_the_store_breaks_no_promise(workflow: flows.Workflow) -> None:  # type: ignore[type-arg]
+    calm = sim.run(1, config=Config(only=workflow))
+    assert calm.violation is None, calm.text()
+    for call in range(1, calm.world.calls + 1):
+        for fault in ("crash_before", "crash_after", "ack_lost"):
+            report = sim.run(1, config=Config(only=workflow, crash_at=(call, fault)))
+            assert report.violation is None, f"{fault} at call {call}\n{report.text()}"
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_dies_within_2000_universes(bug: str) -> None:
+    with planted(bug):
+        assert any(sim.run(seed).violation is not None for seed in range(2000))
+
+
+def test_a_universe_does_not_depend_on_the_hash_seed() -> None:
+    code = "from perdure.testing import sim; print(*(sim.run(seed).trace_hash for seed in range(20)))"
+    hashes = {
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "1", "4711")
+    }
+    assert len(hashes) == 1
+
+
+def test_a_failure_is_told_small_and_with_its_command() -> None:
+    with planted("wake-up dropped"):
+        report = next(report for report in map(sim.run, range(100)) if report.violation is not None)
+        small = sim.shrunk(report, tries=60)
+    assert small.violation is not None
+    assert len(small.tape) < len(report.tape)
+    assert f"perdure sim --seed {report.seed} --trace" in small.text()
+    assert small.violation.id in small.text()
