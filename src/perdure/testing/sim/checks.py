@@ -335,7 +335,7 @@ class Checks:
         elif kind is ev.StepCancelled:
             self._final(shadow, row, event.step, place)
             for pending in (shadow.sleeps, shadow.waits, shadow.retries, shadow.remotes):
-                pending.pop(event.step, None)  # type: ignore[attr-defined]
+                pending.pop(event.step, None)
             shadow.by_epoch[event.step, row.epoch] += 1
         elif kind in (ev.Child, ev.Activity):
             if getattr(event, "awaited", True):

@@ -125,7 +125,8 @@ async def collector(ctx: Any, n: int) -> Any:
 @workflow
 async def child(ctx: Any, n: int) -> int:
     await ctx.step.sleep("pause", seconds=n % 4)
-    return int(await ctx.step.options(retry=Retry(max_attempts=1 + n % 2, first_delay=0.2)).run("double", work, n * 2, fail=1))
+    policy = Retry(max_attempts=1 + n % 2, first_delay=0.2)
+    return int(await ctx.step.options(retry=policy).run("double", work, n * 2, fail=1))
 
 
 @workflow
@@ -255,7 +256,8 @@ def fan(ctx: Any, n: int) -> Any:
     got = yield [ctx.step.run(f"part-{i}", work, i) for i in range(3)]
     yield ctx.step.sleep("rest", seconds=1 + n % 3)
     try:
-        got.append((yield ctx.step.options(retry=Retry(max_attempts=2, first_delay=0.1)).run("last", work, n, fail=n % 3)))
+        twice = ctx.step.options(retry=Retry(max_attempts=2, first_delay=0.1))
+        got.append((yield twice.run("last", work, n, fail=n % 3)))
     except Exception as error:
         got.append(type(error).__name__)
     return got

@@ -19,7 +19,9 @@ _set_running_loop = asyncio_events._set_running_loop
 class SimLoop(asyncio.AbstractEventLoop):
     """See the module. clock: seconds, the process's own; `read`: takes what is to be executed outside the loop."""
 
-    def __init__(self, clock: Callable[[], float], read: Callable[[Callable[[], Any], Callable[[Any], None]], None]) -> None:
+    def __init__(
+        self, clock: Callable[[], float], read: Callable[[Callable[[], Any], Callable[[Any], None]], None]
+    ) -> None:
         self._clock = clock
         self._read = read
         self.ready: deque[asyncio.Handle] = deque()
@@ -71,7 +73,7 @@ class SimLoop(asyncio.AbstractEventLoop):
                         # Python's warning of a coroutine that was never awaited.
                         try:
                             coroutine.send(None)
-                        except BaseException:  # noqa: S110  # as was meant
+                        except BaseException:  # as was meant
                             pass
                     coroutine.close()
         finally:
@@ -84,26 +86,26 @@ class SimLoop(asyncio.AbstractEventLoop):
     def time(self) -> float:
         return self._clock()
 
-    def call_soon(
+    def call_soon(  # type: ignore[override]
         self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
         handle = asyncio.Handle(callback, args, self, context)
         self.ready.append(handle)
         return handle
 
-    def call_soon_threadsafe(
+    def call_soon_threadsafe(  # type: ignore[override]
         self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
         if self._closed:
             raise RuntimeError("the loop of a process that is gone")
         return self.call_soon(callback, *args, context=context)
 
-    def call_later(
+    def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.TimerHandle:
         return self.call_at(self._clock() + delay, callback, *args, context=context)
 
-    def call_at(
+    def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.TimerHandle:
         timer = asyncio.TimerHandle(when, callback, args, self, context)
@@ -130,7 +132,9 @@ class SimLoop(asyncio.AbstractEventLoop):
     def _done(self, task: Any) -> None:
         self.tasks.pop(task, None)
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., Any], *args: Any
+    ) -> Any:
         future = self.create_future()
 
         def done(result: Any) -> None:

@@ -7,22 +7,48 @@ later or twice: whatever it wrote is true, and is checked by `Checks` right afte
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from msgspec.structs import replace
 
 from perdure.core.errors import StoreUnavailable
-from perdure.core.turn import Announcement, Batch, Busy, Claim, Head, Key, Lease, Mail, Query, Reaped, Row, Turn, Verdict
+from perdure.core.turn import (
+    Announcement,
+    Batch,
+    Busy,
+    Claim,
+    Head,
+    Key,
+    Lease,
+    Mail,
+    Query,
+    Reaped,
+    Row,
+    Turn,
+    Verdict,
+)
 
 if TYPE_CHECKING:
     from perdure.testing.sim.world import Process, World
+
+
+T = TypeVar("T")
 
 
 class Crashed(BaseException):
     """The process died here; only the universe catches it."""
 
 
-FAULTS: Final = ("crash_before", "crash_after", "error_before", "ack_lost", "delayed", "duplicated", "busy", "late_mail")
+FAULTS: Final = (
+    "crash_before",
+    "crash_after",
+    "error_before",
+    "ack_lost",
+    "delayed",
+    "duplicated",
+    "busy",
+    "late_mail",
+)
 
 
 def _held(turn: Turn, hidden: set[Key]) -> bool:
@@ -53,7 +79,8 @@ class SimStore:
         # A message whose transaction is open holds the end of its run up.
         hidden = self.world.hidden_runs()
         if hidden and any(turn.closing and turn.run in hidden for turn in batch.turns):
-            answers = iter(self.world.checks.write(replace(batch, turns=[t for t in batch.turns if not _held(t, hidden)])))
+            rest = replace(batch, turns=[turn for turn in batch.turns if not _held(turn, hidden)])
+            answers = iter(self.world.checks.write(rest))
             before = [next(answers) for _ in (*batch.starts, *batch.sends)]
             return [*before, *(Busy(run=t.run) if _held(t, hidden) else next(answers) for t in batch.turns)]
         return self.world.checks.write(batch)
@@ -63,8 +90,11 @@ class SimStore:
         return [replace(head, mail=self.world.visible(head.mail)) for head in heads]
 
     def announce(self, announcement: Announcement) -> Lease:
-        lease: Lease = self._call("announce", lambda: self.world.checks.watched("announce", self.real.announce, announcement))
-        return lease
+        def announce() -> Lease:
+            lease: Lease = self.world.checks.watched("announce", self.real.announce, announcement)
+            return lease
+
+        return self._call("announce", announce)
 
     def heartbeat(self, incarnation: str) -> Lease | None:
         lease: Lease | None = self._call("heartbeat", lambda: self.real.heartbeat(incarnation))
@@ -132,7 +162,7 @@ class SimStore:
 
     # --- faults ---
 
-    def _call(self, name: str, apply: Callable[[], Any], batch: Batch | None = None) -> Any:
+    def _call(self, name: str, apply: Callable[[], T], batch: Batch | None = None) -> T:
         world = self.world
         fault = world.fault(self.process, name)
         if fault is None:
@@ -147,7 +177,8 @@ class SimStore:
             world.network.append((name, apply))
             raise self._trouble(name)
         if fault == "busy":
-            return self._busy(batch, apply)
+            assert batch is not None
+            return cast("T", self._busy(batch))
         if fault == "late_mail":
             assert batch is not None
             world.hide(batch)
@@ -161,17 +192,17 @@ class SimStore:
             raise Crashed
         raise self._trouble(name)  # ack_lost
 
-    def _busy(self, batch: Batch | None, apply: Callable[[], Any]) -> Any:
+    def _busy(self, batch: Batch) -> list[Verdict]:
         """A turn meets a sender's open transaction: it alone is not written."""
-        if batch is None or not batch.turns:
-            return apply()
+        if not batch.turns:
+            return self._write(batch)
         which = self.world.tape.choose(len(batch.turns), "busy which")
         rest = [turn for i, turn in enumerate(batch.turns) if i != which]
         verdicts: list[Verdict] = self._write(replace(batch, turns=rest))
         verdicts.insert(len(batch.starts) + len(batch.sends) + which, Busy(run=batch.turns[which].run))
         return verdicts
 
-    def _read(self, name: str, ask: Callable[[], Any]) -> Any:
+    def _read(self, name: str, ask: Callable[[], T]) -> T:
         fault = self.world.fault(self.process, name)
         if fault is None:
             return ask()

@@ -18,7 +18,7 @@ class Tape:
         self.given = given
         self.choices: list[int] = []
         self.labels: list[str] = []
-        self._random = random.Random(seed).random  # noqa: S311  # replayable, not secret
+        self._random = random.Random(seed).random  # replayable, not secret
 
     def choose(self, n: int, label: str) -> int:
         """A number from 0 to n - 1. Asking for one of a single possibility leaves no trace."""

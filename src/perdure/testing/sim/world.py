@@ -91,7 +91,8 @@ def drawn(tape: Tape) -> Config:
     """Swarm: each universe turns each fault on or off and picks its own rates and settings."""
     kind = tape.choose(10, "kind of universe")
     rates: dict[str, int] = {}
-    nemesis, powers = 0, ()
+    nemesis = 0
+    powers: tuple[str, ...] = ()
     if kind == 1:
         rates = {FAULTS[tape.choose(len(FAULTS), "the one fault")]: 80}
     elif kind > 1:
@@ -111,7 +112,7 @@ def drawn(tape: Tape) -> Config:
         lease=(5.0, 2.0, 15.0)[tape.choose(3, "lease")],
         batch=(1000, 3, 1)[tape.choose(3, "batch")],
         lag=bool(tape.choose(2, "lag")),
-        hints=not tape.choose(4, "no hints") == 3,
+        hints=tape.choose(4, "no hints") != 3,
         mailbox=(10_000, 3)[tape.choose(2, "mailbox") if kind else 0],
         budget=(120, 250, 400)[tape.choose(3, "budget")],
         old_code=tape.choose(4, "old code") == 3,
@@ -183,6 +184,7 @@ class Process:
         self.down = True
         self.leaving = 0
         self.restart_at = 0
+        self.leave_at = 0
         self.paused_until = 0
         self.beat_blocked_until = 0
         self.lag = 0
@@ -226,7 +228,7 @@ class Process:
         self.paused_until = self.beat_blocked_until = 0
         self.lag = (0, 1000, 20_000)[world.tape.choose(3, "lag")] if config.lag else 0
         self.old_code = config.old_code and not world.healed and world.tape.choose(2, "old code here") == 1
-        self.loop = SimLoop(self.monotonic, self.read)
+        self.loop = SimLoop(self.monotonic, self.read)  # type: ignore[abstract]
         self.store = SimStore(world, self)
         self.core = SimCore(self)
         self.client: Any = object.__new__(Client)
@@ -422,7 +424,8 @@ class World:
         self.to_kill: Process | None = None
         self._drawn = 0
         self.programs = [
-            program(seed).workflow(flows.program_work, name=f"program-{seed}") for seed in dict.fromkeys(self.config.programs)
+            program(seed).workflow(flows.program_work, name=f"program-{seed}")
+            for seed in dict.fromkeys(self.config.programs)
         ]
         shared = [flow for flow in (*flows.CANONICAL, *flows.OTHERS, *self.programs) if flow.name != "changing"]
         self.registry = Registry([*shared, flows.changing_new], flows.ACTIVITIES)
@@ -482,9 +485,11 @@ class World:
             # Polls are many and say little: most faults are kept for the calls that move runs.
             level -= rate if call in MOVING else rate // 4
             if drawn >= level:
-                if fault in ("busy", "late_mail", "duplicated", "delayed") and call != "write":
-                    if fault == "busy" or fault == "late_mail" or call not in ("claim", "reap", "retire"):
-                        return "error_before"
+                if call != "write" and (
+                    fault in ("busy", "late_mail")
+                    or (fault in ("duplicated", "delayed") and call not in ("claim", "reap", "retire"))
+                ):
+                    return "error_before"
                 if fault.startswith("crash"):
                     self.crashes += 1
                 return fault
@@ -599,7 +604,7 @@ class World:
         """The next planned operation, in one of the living processes."""
         places = [p for p in self.processes if not p.down and not p.leaving]
         if not places:
-            at, name, facts = self.operations.pop(0)
+            _, name, facts = self.operations.pop(0)
             self.operations.append((self.time + SECOND, name, facts))
             return
         _, name, facts = self.operations.pop(0)
@@ -749,9 +754,9 @@ class World:
 
     def _unfinished(self) -> str:
         return ", ".join(
-            f"{s.row.id} ({s.row.workflow}) is {s.row.status}, owner {s.row.owner and s.row.owner[:6]}, wake {s.row.wake_at}"
-            for s in self.checks.shadows.values()
-            if s.row.ended_at is None
+            f"{row.id} ({row.workflow}) is {row.status}, owner {row.owner and row.owner[:6]}, wake {row.wake_at}"
+            for row in (shadow.row for shadow in self.checks.shadows.values())
+            if row.ended_at is None
         )
 
     def at_rest(self) -> bool:
