@@ -7,80 +7,131 @@ import os
 import random
 import signal
 import time
+from typing import Any
 
 from perdure import Client
 from tests.e2e import audit
-from tests.e2e.processes import Site, until
-from tests.e2e.worker_process import result_of
+from tests.e2e.processes import Site, ended, until
+from tests.e2e.worker_process import ORDERS, result_of
 
 SECONDS = float(os.environ.get("PERDURE_KILL_SECONDS", "30"))
 STARTS_PER_SECOND = 50
 WORKERS = 3
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"concurrency": 64},
+    {"concurrency": 4},
+    {"concurrency": 64, "resident": 0},
+    {"concurrency": 64, "resident": 10, "threads": 2},
+)
+
+
+class Load:
+    """Runs of all three styles, started and signalled from here, and what of that was acknowledged."""
+
+    def __init__(self, client: Client, chance: random.Random) -> None:
+        self.client = client
+        self.chance = chance
+        self.started: list[str] = []
+        self.signalled: list[tuple[str, str]] = []
+
+    async def run(self, seconds: float) -> None:
+        """Start runs for so long."""
+        deadline = time.monotonic() + seconds
+        running: set[asyncio.Task[None]] = set()
+        number = 0
+        while time.monotonic() < deadline:
+            number += 1
+            task = asyncio.create_task(self._one(number))
+            running.add(task)
+            task.add_done_callback(running.discard)
+            await asyncio.sleep(1 / STARTS_PER_SECOND)
+        await asyncio.gather(*running)
+
+    async def _one(self, number: int) -> None:
+        """Start a run and send it its signal, sometimes at once, sometimes late, sometimes twice."""
+        run = f"order-{number}"
+        handle = await self.client.options(id=run).start(ORDERS[number % 3], number)
+        self.started.append(run)
+        await asyncio.sleep(self.chance.choice((0, 0, 0.05, 0.5)))
+        message = f"go-{number}"
+        for _ in range(self.chance.choice((1, 1, 2))):
+            await handle.signal("go", number, message_id=message)
+        self.signalled.append((run, message))
+
+    async def healed(self) -> None:
+        """Wait until all have ended, with the right results."""
+        at = time.monotonic()
+        results = await asyncio.wait_for(
+            asyncio.gather(*(self.client.handle(run, returns=int).result() for run in self.started)), 60
+        )
+        print(f"after healing all ended within {time.monotonic() - at:.2f} s")
+        numbers = [int(run.removeprefix("order-")) for run in self.started]
+        assert results == [result_of(number, number) for number in numbers]
+
+
+def seeded() -> random.Random:
+    seed = int(os.environ.get("PERDURE_SEED", random.SystemRandom().randrange(1 << 32)))
+    print(f"PERDURE_SEED={seed}")
+    return random.Random(seed)
 
 
 async def test_killing_workers_at_random_loses_and_repeats_nothing(site: Site) -> None:
-    seed = int(os.environ.get("PERDURE_SEED", random.SystemRandom().randrange(1 << 32)))
-    print(f"PERDURE_SEED={seed}")
-    chance = random.Random(seed)
+    chance = seeded()
     audit.watch(site)
-    workers = [site.worker(concurrency=64) for _ in range(WORKERS)]
+    workers = [site.worker(**chance.choice(SETTINGS)) for _ in range(WORKERS)]
     killed: list[int] = []
-    started: list[str] = []
-    signalled: list[tuple[str, str]] = []
-    until_ = time.monotonic() + SECONDS
     await site.serving(*workers)
 
+    async def nemesis() -> None:
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            await asyncio.sleep(chance.uniform(0.1, 1.5))
+            place = chance.randrange(WORKERS)
+            victim = workers[place]
+            if chance.random() < 0.2:
+                # Stopped first: what it holds is in the middle of something for a while.
+                victim.send_signal(signal.SIGSTOP)
+                await asyncio.sleep(chance.uniform(0, 0.3))
+            victim.kill()
+            killed.append(victim.pid)
+            await asyncio.sleep(chance.uniform(0, 0.2))
+            workers[place] = site.worker(**chance.choice(SETTINGS))
+
     async with Client(site.url) as client:
-
-        async def one(number: int) -> None:
-            """Start a run and send it its signal, sometimes at once, sometimes late, sometimes twice."""
-            run = f"order-{number}"
-            handle = await client.options(id=run).start("order", number)
-            started.append(run)
-            await asyncio.sleep(chance.choice((0, 0, 0.05, 0.5)))
-            message = f"go-{number}"
-            for _ in range(chance.choice((1, 1, 2))):
-                await handle.signal("go", number, message_id=message)
-            signalled.append((run, message))
-
-        async def load() -> None:
-            number = 0
-            running: set[asyncio.Task[None]] = set()
-            while time.monotonic() < until_:
-                number += 1
-                task = asyncio.create_task(one(number))
-                running.add(task)
-                task.add_done_callback(running.discard)
-                await asyncio.sleep(1 / STARTS_PER_SECOND)
-            await asyncio.gather(*running)
-
-        async def nemesis() -> None:
-            while time.monotonic() < until_:
-                await asyncio.sleep(chance.uniform(0.1, 1.5))
-                place = chance.randrange(WORKERS)
-                victim = workers[place]
-                if chance.random() < 0.2:
-                    # Stopped first: what it holds is in the middle of something for a while.
-                    victim.send_signal(signal.SIGSTOP)
-                    await asyncio.sleep(chance.uniform(0, 0.3))
-                victim.kill()
-                killed.append(victim.pid)
-                await asyncio.sleep(chance.uniform(0, 0.2))
-                workers[place] = site.worker(concurrency=64)
-
-        await asyncio.gather(load(), nemesis())
-        healed = time.monotonic()
-        results = await asyncio.wait_for(
-            asyncio.gather(*(client.handle(run, returns=int).result() for run in started)), 60
-        )
-        print(f"after healing all ended within {time.monotonic() - healed:.2f} s")
-    numbers = [int(run.removeprefix("order-")) for run in started]
-    assert results == [result_of(number, number) for number in numbers]
-    said = audit.check(site, killed=killed, started=started, signalled=signalled)
-    print(said)
-    assert len(started) >= SECONDS * STARTS_PER_SECOND / 4
+        load = Load(client, chance)
+        await asyncio.gather(load.run(SECONDS), nemesis())
+        await load.healed()
+    print(audit.check(site, killed=killed, started=load.started, signalled=load.signalled))
+    assert len(load.started) >= SECONDS * STARTS_PER_SECOND / 4
     assert len(killed) >= SECONDS / 4
     assert site.ask("SELECT count(*) FROM perdure_runs WHERE ended_at IS NULL") == [(0,)]
+    assert "Traceback" not in site.log()
+
+
+async def test_replacing_workers_one_by_one_repeats_not_even_a_step_in_flight(site: Site) -> None:
+    chance = seeded()
+    audit.watch(site)
+    workers = [site.worker(**chance.choice(SETTINGS)) for _ in range(WORKERS)]
+    await site.serving(*workers)
+    left: list[int] = []
+
+    async def deploys() -> None:
+        for turn in range(9):
+            new = site.worker(**chance.choice(SETTINGS))
+            await site.serving(new)
+            old, workers[turn % WORKERS] = workers[turn % WORKERS], new
+            old.send_signal(signal.SIGTERM)
+            assert await ended(old) == 0
+            left.append(old.pid)
+
+    async with Client(site.url) as client:
+        load = Load(client, chance)
+        await asyncio.gather(load.run(6), deploys())
+        await load.healed()
+    # No process was killed, so no execution is explained by one.
+    print(audit.check(site, killed=[], started=load.started, signalled=load.signalled))
+    assert len(left) == 9
+    assert site.ask("SELECT sum(strikes) FROM perdure_runs") == [(0,)]
     assert "Traceback" not in site.log()
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import perdure.engine
 from perdure import Context, Retry, StepFailed, Worker, activity, current_step, workflow
+from perdure.runtime.context import SyncContext
 from perdure.worker.lease import Heartbeat
 
 SOON = Retry(max_attempts=4, first_delay=0.02)
@@ -100,8 +101,34 @@ async def order(ctx: Context, n: int) -> int:
     return int(await ctx.step.run("far", remote, child))
 
 
+@workflow
+def order_sync(ctx: SyncContext, n: int) -> int:
+    a = ctx.step.run("a", sync_effect, n) // 2 + 1
+    ctx.step.sleep("nap", 0.03)
+    both = [ctx.step.start("b", effect, a), ctx.step.start("c", sync_effect, a)]
+    ctx.step.wait(both)
+    go = ctx.step.wait_signal("go", returns=int)
+    d = ctx.step.options(retry=SOON).run("d", flaky, both[0].result() + both[1].result() + go)
+    child = ctx.step.run_workflow("child", part, d)
+    return int(ctx.step.run("far", remote, child))
+
+
+@workflow
+def order_generator(ctx: Context, n: int) -> Any:
+    a = yield ctx.step.run("a", effect, n)
+    yield ctx.step.sleep("nap", 0.03)
+    b, c = yield [ctx.step.run("b", effect, a), ctx.step.run("c", sync_effect, a)]
+    go = yield ctx.step.wait_signal("go", returns=int)
+    d = yield ctx.step.options(retry=SOON).run("d", flaky, b + c + go)
+    child = yield ctx.step.run_workflow("child", part, d)
+    return (yield ctx.step.run("far", remote, child))
+
+
+ORDERS = ("order", "order_sync", "order_generator")
+
+
 def result_of(n: int, go: int) -> int:
-    """What `order` returns: the test's own calculation."""
+    """What the orders return: the test's own calculation."""
     a = n + 1
     return (a + 1 + a * 2 + go) + 2 + 100
 
