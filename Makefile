@@ -18,7 +18,7 @@ LOCK   = UV_PYTHON_DOWNLOADS=never UV_SYSTEM_CERTS=1 .tools/bin/uv pip compile -
 
 # `make test` checks before it tests, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help demo test check pytest test-pythons bench format coverage lock setup clean
+.PHONY: help demo test check pytest test-pythons sim bench format coverage lock setup clean
 
 help: ## what you can ask for (this list)
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
@@ -46,6 +46,9 @@ test-pythons: $(READY) ## the tests on every Python from 3.10 to 3.14 that is fo
 		then passed="$$passed $${found%%=*}"; else failed="$$failed $${found%%=*}"; fi; \
 	done; \
 	echo "== passed:$${passed:- none}; failed:$${failed:- none}"; test -z "$$failed" && test -n "$$passed"
+
+sim: $(READY) ## 5,000 simulated universes, or UNIVERSES=, from SEED= on
+	$(PY) -W ignore -m perdure sim --seed $(or $(SEED),0) --universes $(or $(UNIVERSES),5000)
 
 bench: $(READY) $(PEERS) ## this engine beside its floors and its peers; ROW=name for one row
 	$(PY) bench/run.py $(if $(ROW),--row $(ROW))
