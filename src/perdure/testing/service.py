@@ -37,6 +37,7 @@ from perdure.worker.residents import Outcome
 from perdure.worker.shift import Settings, Shift
 
 TTL: Final = 15.0
+VALUES: Final[tuple[int | str, ...]] = (1, 2, 3, "no number")
 FAULTS: Final = ("crash", "rob", "busy", "refused", "lost", "signal", "cancel")
 
 
@@ -52,7 +53,9 @@ class OrdinaryLoop(RunLoop):
         self.line.now = now
         self.errors: list[BaseException] = []
 
-    def call_soon_threadsafe(self, callback: Callable[..., Any], *args: Any, **named: Any) -> asyncio.Handle:
+    def call_soon_threadsafe(  # type: ignore[override]  # the types of the arguments are the callback's business
+        self, callback: Callable[..., Any], *args: Any, **named: Any
+    ) -> asyncio.Handle:
         return self.call_soon(callback, *args)
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
@@ -131,7 +134,7 @@ class Service:
     # --- the worker ---
 
     def _begin_shift(self) -> None:
-        self.loop = OrdinaryLoop(self.clock)
+        self.loop = OrdinaryLoop(self.clock)  # type: ignore[abstract]  # the rest is refused at run time
         self.answers.clear()
         self.reads.clear()
         self.shift = Shift(
@@ -527,7 +530,7 @@ def random_life(programs: Sequence[Program], seed: int, *, actions: int = 120) -
                     elif fault == "rob" and not service.zombie:
                         service.rob()
                     elif fault == "signal":
-                        service.signal(run, rng.choice(SIGNALS), rng.choice([1, 2, 3, "no number"]))
+                        service.signal(run, rng.choice(SIGNALS), rng.choice(VALUES))
                     elif fault == "cancel":
                         service.cancel(run)
             act = rng.randrange(8 + slow)

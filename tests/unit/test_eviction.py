@@ -1,0 +1,174 @@
+"""A run that leaves memory: its code is closed, begins nothing, and what will not be closed is kept and counted."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from typing import Any
+
+import pytest
+
+from perdure.core.errors import Evicted, NeverRests
+from perdure.runtime.drive_async import survivors
+from perdure.worker.watchdog import Watchdog, Watched
+from tests.unit.playing import Run, work
+
+
+def test_finally_blocks_run_and_begin_nothing() -> None:
+    seen: list[str] = []
+
+    async def flow(ctx: Any) -> Any:
+        try:
+            await ctx.step.run("a", work)
+        finally:
+            try:
+                ctx.step.start("late", work)
+            except Evicted:
+                seen.append("refused")
+            try:
+                await ctx.step.run("later", work)
+            except Evicted:
+                seen.append("refused too")
+                raise
+
+    run = Run(flow)
+    run.close()
+    assert seen == ["refused", "refused too"]
+    assert not run.play.take().commands
+    assert run.pending == ["a"]
+
+
+def test_except_exception_does_not_see_the_eviction() -> None:
+    seen: list[str] = []
+
+    async def flow(ctx: Any) -> Any:
+        try:
+            try:
+                await ctx.step.run("a", work)
+            finally:
+                ctx.step.start("late", work)
+        except Exception:
+            seen.append("swallowed")
+
+    Run(flow).close()
+    assert not seen
+
+
+def test_all_tasks_are_closed_and_cancel_nothing() -> None:
+    seen: list[str] = []
+
+    async def branch(ctx: Any, name: str) -> None:
+        try:
+            await ctx.step.run(name, work)
+        finally:
+            seen.append(name)
+
+    async def flow(ctx: Any) -> Any:
+        await asyncio.gather(branch(ctx, "a"), branch(ctx, "b"))
+
+    run = Run(flow)
+    run.close()
+    assert sorted(seen) == ["a", "b"]
+    assert run.commands == []
+    assert not run.play.take().commands
+
+
+def test_a_loop_with_a_bare_except_survives_and_is_counted() -> None:
+    async def flow(ctx: Any) -> Any:
+        n = 0
+        while True:
+            try:
+                n += 1
+                await ctx.step.run(f"a{n}", work)
+            except BaseException:
+                continue
+
+    run = Run(flow)
+    before = len(survivors)
+    run.close()
+    assert len(survivors) == before + 1
+
+
+def test_a_generator_that_will_not_close_survives_and_is_counted() -> None:
+    def flow(ctx: Any) -> Any:
+        n = 0
+        while True:
+            try:
+                n += 1
+                yield ctx.step.run(f"a{n}", work)
+            except BaseException:
+                continue
+
+    before = len(survivors)
+    Run(flow).close()
+    assert len(survivors) > before
+
+
+def test_an_abandoned_async_generator_is_never_finalized_behind_the_code() -> None:
+    seen: list[str] = []
+
+    async def flow(ctx: Any) -> Any:
+        async def items() -> Any:
+            try:
+                yield 1
+            finally:
+                seen.append("finalized")
+
+        async for _ in items():
+            break
+        await ctx.step.run("a", work)
+
+    run = Run(flow)
+    gc.collect()
+    run.value("a")
+    run.close()
+    del run
+    gc.collect()
+    assert not seen
+
+
+@pytest.mark.parametrize("shape", ["main", "task"])
+def test_code_that_does_not_rest_is_interrupted(shape: str) -> None:
+    async def spin() -> None:
+        while True:
+            pass
+
+    async def flow(ctx: Any) -> Any:
+        await ctx.step.run("a", work)
+        await (spin() if shape == "main" else asyncio.create_task(spin()))
+
+    class Inside:
+        """What the watchdog asks of a resident."""
+
+        class shift:  # stands for an attribute
+            last_stack = ""
+
+    run = Run(flow)
+    inside: Any = Inside()
+    inside.play = run.play
+    inside.this = run.play.run
+    watched = Watched()
+    watched.resident = inside
+    watchdog = Watchdog(watched, 0.2)
+    try:
+        with watched:
+            try:
+                run.value("a")
+            except NeverRests:
+                pytest.fail("it left the run")
+    finally:
+        watchdog.stop()
+    assert run.play.restless
+    assert "spin" in inside.shift.last_stack
+    assert threading.current_thread().is_alive()
+
+
+def test_callbacks_without_rest_are_code_that_does_not_rest() -> None:
+    async def flow(ctx: Any) -> Any:
+        while True:
+            await asyncio.sleep(0)
+
+    run = Run(flow)
+    assert run.play.restless
+    run.close()
