@@ -598,3 +598,41 @@ async def test_trouble_with_the_store_is_told_to_callers_and_outlived_by_runs(tm
         await later.signal("go")
         assert await later.result(timeout=20) == 5
     store.close()
+
+
+class Slow(SQLiteStore):
+    """A store that holds turns up for as long as the test wants."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.free = threading.Event()
+        self.free.set()
+        self.held = threading.Event()
+
+    def write(self, batch: Any) -> Any:
+        if batch.turns and not self.free.is_set():
+            self.held.set()
+            self.free.wait(20)
+        return super().write(batch)
+
+
+async def test_a_step_that_a_leaving_worker_was_about_to_begin_is_begun_by_another(tmp_path: Path) -> None:
+    @workflow
+    async def works(ctx: Context) -> int:
+        await ctx.step.wait_signal("go")
+        return await ctx.step.run("work", lambda: 5)
+
+    store = Slow(tmp_path / "runs.db")
+    async with Engine(store, workflows=[works]) as first:
+        handle: RunHandle[Any] = await first.start(works)
+        await status_of(handle, "waiting")
+        store.free.clear()
+        await handle.signal("go")
+        await until(store.held.is_set, "the turn that holds the signal")
+        shift = first._core.shift
+        assert shift is not None
+        shift.drain()
+        store.free.set()
+        async with engine(tmp_path, works) as second:
+            assert await second.handle(handle.id).result(timeout=10) == 5
+    store.close()

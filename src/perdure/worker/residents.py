@@ -21,7 +21,7 @@ from msgspec import UNSET, Raw
 
 from perdure.core import events as ev
 from perdure.core import failure, retry, stored
-from perdure.core.errors import LimitExceeded, NonDeterminismError, PayloadError, StoreError
+from perdure.core.errors import LimitExceeded, NeverRests, NonDeterminismError, PayloadError, StoreError
 from perdure.core.failure import RecordedError
 from perdure.core.match import PENDING, Op
 from perdure.core.turn import (
@@ -262,6 +262,9 @@ class Resident:
                     next(steps)
         except StopIteration:
             self._come_alive(mail, again)
+        except NeverRests:
+            self.play.restless = True
+            self._come_alive(mail, again)
         else:
             self.shift.loop.call_soon(self._replay, steps, mail, again)
 
@@ -438,13 +441,20 @@ class Resident:
         kind = type(event)
         if kind is ev.StepCompleted or kind is ev.StepFailed:
             gathered.progress = True
+            if event.step in self.executions:  # type: ignore[union-attr]
+                # It ended by its deadline, and still executes.
+                gathered.add("given_up", event.step)  # type: ignore[union-attr]
             if self.deadlines:
                 self.deadlines.pop(event.step, None)  # type: ignore[union-attr]
         elif hasattr(event, "message"):
             gathered.add("consumed", event.message)
         play = self.play
-        with self.shift.watching(self):
-            play.deliver(event, value)
+        try:
+            with self.shift.watching(self):
+                play.deliver(event, value)
+        except NeverRests:
+            # The watchdog's exception came a moment late: it must not reach the caller's loop.
+            play.restless = True
         asked = play.take()
         if asked is not NOTHING:
             self._gather(asked)
@@ -518,7 +528,11 @@ class Resident:
 
     def settle(self) -> None:
         """Close the turn that has gathered, if no commit is in flight and there is anything to write; else act."""
-        if self.flight is not None or self.gone or self.rebuilding:
+        if self.gone or self.rebuilding:
+            return
+        if self.flight is not None:
+            # Timers come due while a commit is under way too: inputs have their own times, answers have none.
+            self._set_timer(self._next_wake())
             return
         play = self.play
         if play.difference is not None:
@@ -721,7 +735,7 @@ class Resident:
             self.blocked_tries = 0
             self._act(gathered)
             # What has not changed since the turn was closed needs no look: it still executes something.
-            quiet = self.executions and turn.status == RUNNING
+            quiet = self.executions and turn.status == RUNNING and not self.shift.draining
             if not quiet or self.open.events or self.open.begun or self.play.over or self.inbox:
                 self.settle()
 
