@@ -73,8 +73,9 @@ class Host(Protocol):
     def hold(self) -> None:
         """Sync runs: keep a thread that does not want to end for ever."""
 
-    def active(self) -> bool:
-        """Whether the calling thread is the one in which this run's body runs now."""
+    @property
+    def inside(self) -> int:
+        """The thread in which this run's body runs now, or 0."""
 
     def wait_for(self, ready: Callable[[], bool], ops: Sequence[Op], own: Op | None = None) -> None:
         """Sync runs: give the thread back until `ready()`."""
@@ -224,7 +225,8 @@ class Facts:
                 raise Evicted(f"Run {self.run.id} has left memory.")
             self.host.hold()
             return
-        if not self.host.active():
+        ident = threading.get_ident()
+        if self.host.inside != ident:
             if self.host.stopped is not None:
                 self.raised += 1
                 if self.raised > MOST_REFUSALS:
@@ -235,21 +237,24 @@ class Facts:
                 "threads, steps and finalizers do not come again in the same order. Return a value from the step, "
                 "and call ctx with it in the body."
             )
-        if _collecting.get(threading.get_ident()):
+        if ident == _collecting.thread:
             raise RuntimeError(
                 f"ctx was used while the garbage collector ran (for {what}). A replay would not do that at the same "
                 "place. Call it in the body, not in __del__."
             )
 
 
-_collecting: dict[int, bool] = {}
+class _Collecting:
+    """In which thread the collector runs now; one at a time, as the interpreter has it."""
+
+    thread = 0
+
+
+_collecting: Final = _Collecting()
 
 
 def _collector(phase: str, info: dict[str, int]) -> None:
-    if phase == "start":
-        _collecting[threading.get_ident()] = True
-    else:
-        _collecting.pop(threading.get_ident(), None)
+    _collecting.thread = threading.get_ident() if phase == "start" else 0
 
 
 gc.callbacks.append(_collector)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Final
 
@@ -24,9 +23,6 @@ class AsyncDriver:
         self.loop = RunLoop(line, started_at)  # type: ignore[abstract]  # what it cannot do is set from a list
         self.main: RunTask | None = None
         self._generator: Generator[Any, Any, Any] | None = None
-
-    def active(self) -> bool:
-        return self.loop.inside == threading.get_ident()
 
     stopped: BaseException | None = None
     suspended = False

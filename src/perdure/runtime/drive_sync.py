@@ -109,9 +109,6 @@ class SyncDriver:
 
     # --- the driver's side ---
 
-    def active(self) -> bool:
-        return self._inside == threading.get_ident()
-
     def hold(self) -> None:
         self.threads.lose()
         threading.Event().wait()

@@ -113,7 +113,7 @@ class RunLoop(asyncio.AbstractEventLoop):
             _leave_task(outer, task)  # type: ignore[arg-type]
         hooks = sys.get_asyncgen_hooks()
         _set_running_loop(self)
-        sys.set_asyncgen_hooks(firstiter=self._generator_began, finalizer=self._generator_dropped)
+        sys.set_asyncgen_hooks(None, self._generator_dropped)
         self.inside = threading.get_ident()
         return outer, task, hooks
 
@@ -181,9 +181,6 @@ class RunLoop(asyncio.AbstractEventLoop):
                 self.leave(before)
         self.ready.clear()
         return survivors
-
-    def _generator_began(self, generator: Any) -> None:
-        pass
 
     def _generator_dropped(self, generator: Any) -> None:
         # Never scheduled: the collector would run a `finally` in life that replay does not.

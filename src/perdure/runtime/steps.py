@@ -11,9 +11,11 @@ import functools
 import hashlib
 import os
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from types import FunctionType
 from typing import Any, Final
 
 import msgspec
@@ -54,32 +56,65 @@ class Options:
 NO_OPTIONS: Final = Options()
 
 
+class Policy:
+    """How a step's function is tried, and how its outcome is read: the same for every call of it without options."""
+
+    # Not the function itself: what is remembered of it must not keep it.
+    __slots__ = ("__weakref__", "name", "raises", "retry", "returns", "timeout", "total_timeout")
+
+    def __init__(self, fn: Any, options: Options) -> None:
+        own: Any = fn if isinstance(fn, Activity) else _Plain
+        self.name = name_of(fn)
+        self.retry: Retry = options.retry or own.retry
+        self.timeout: timedelta | None = options.timeout if options.timeout is not None else own.timeout
+        self.total_timeout: timedelta | None = (
+            options.total_timeout if options.total_timeout is not None else own.total_timeout
+        )
+        self.raises: tuple[type[BaseException], ...] = options.raises if options.raises is not None else own.raises
+        if options.returns is not None:
+            self.returns = plan(options.returns, what="returns=")
+        else:
+            self.returns = fn.returns if isinstance(fn, Activity) else result_plan(fn)
+
+
+class _Plain:
+    """What a function has that was not declared as an activity."""
+
+    retry = DEFAULT_RETRY
+    timeout = None
+    total_timeout = None
+    raises: tuple[type[BaseException], ...] = ()
+
+
+_policies: weakref.WeakKeyDictionary[Any, Policy] = weakref.WeakKeyDictionary()
+
+
+def policy_of(fn: Any, options: Options) -> Policy:
+    """The policy of a step's function; remembered for functions and activities that are called without options."""
+    if options is not NO_OPTIONS or type(fn) not in (FunctionType, Activity):
+        return Policy(fn, options)
+    known = _policies.get(fn)
+    if known is None:
+        known = _policies[fn] = Policy(fn, options)
+    return known
+
+
 class LocalCall:
     """A step's function with its arguments and policy, to be executed in this process."""
 
     __slots__ = ("args", "context", "fn", "kwargs", "limits", "raises", "retry", "returns", "timeout", "total_timeout")
 
     def __init__(
-        self,
-        fn: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        retry: Retry,
-        timeout: timedelta | None,
-        total_timeout: timedelta | None,
-        returns: Plan,
-        raises: tuple[type[BaseException], ...],
-        limits: Limits,
+        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], policy: Policy, limits: Limits
     ) -> None:
         self.fn = fn
         self.args = args
         self.kwargs = kwargs
-        self.retry = retry
-        self.timeout = timeout
-        self.total_timeout = total_timeout
-        self.returns = returns
-        self.raises = raises
+        self.retry = policy.retry
+        self.timeout = policy.timeout
+        self.total_timeout = policy.total_timeout
+        self.returns = policy.returns
+        self.raises = policy.raises
         self.limits = limits
         self.context = contextvars.copy_context()
 
@@ -199,37 +234,14 @@ def local(
     id: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, limits: Limits, site: str
 ) -> Op:
     """A step that runs here."""
-    name = name_of(fn)
-    if isinstance(fn, Activity):
-        call = LocalCall(
-            fn.fn,
-            args,
-            kwargs,
-            retry=options.retry or fn.retry,
-            timeout=options.timeout if options.timeout is not None else fn.timeout,
-            total_timeout=options.total_timeout if options.total_timeout is not None else fn.total_timeout,
-            returns=fn.returns if options.returns is None else plan(options.returns, what="returns="),
-            raises=fn.raises if options.raises is None else options.raises,
-            limits=limits,
+    if not callable(fn):
+        raise TypeError(
+            f'ctx.step.run("{id}", …) got {fn!r}, which cannot be called. Its second argument is the function to '
+            "run. Pass the function itself, and its arguments after it."
         )
-    else:
-        if not callable(fn):
-            raise TypeError(
-                f'ctx.step.run("{id}", …) got {fn!r}, which cannot be called. Its second argument is the function to '
-                "run. Pass the function itself, and its arguments after it."
-            )
-        call = LocalCall(
-            fn,
-            args,
-            kwargs,
-            retry=options.retry or DEFAULT_RETRY,
-            timeout=options.timeout,
-            total_timeout=options.total_timeout,
-            returns=result_plan(fn) if options.returns is None else plan(options.returns, what="returns="),
-            raises=options.raises or (),
-            limits=limits,
-        )
-    return Op("run", id, name=name, site=site, digest=codec.digest64(args, kwargs), spec=call)
+    policy = policy_of(fn, options)
+    call = LocalCall(fn.fn if type(fn) is Activity else fn, args, kwargs, policy, limits)
+    return Op("run", id, name=policy.name, site=site, digest=codec.digest64(args, kwargs), spec=call)
 
 
 def activity(

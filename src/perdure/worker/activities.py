@@ -15,7 +15,7 @@ from perdure.core.failure import RecordedError
 from perdure.core.retry import Retry
 from perdure.core.turn import Committed, Mail, Row, Turn
 from perdure.core.waits import Wait, Waits, waits_text
-from perdure.runtime.steps import ActivityPolicy, LocalCall
+from perdure.runtime.steps import NO_OPTIONS, ActivityPolicy, LocalCall, Policy
 from perdure.worker.executing import Execution, StepInfo
 from perdure.worker.remote_end import StartPolicy, policy_of, telling_parent
 
@@ -76,17 +76,11 @@ class ActivityRun:
         except PayloadError as error:
             self._end("failed", None, failure.record(error))
             return
-        call = LocalCall(
-            activity.fn,
-            tuple(args),
-            kwargs,
-            retry=policy_from(kept, activity.retry),
-            timeout=None if kept.timeout is None else timedelta(microseconds=kept.timeout),
-            total_timeout=None if kept.total_timeout is None else timedelta(microseconds=kept.total_timeout),
-            returns=activity.returns,
-            raises=activity.raises,
-            limits=self.shift.limits,
-        )
+        policy = Policy(activity, NO_OPTIONS)
+        policy.retry = policy_from(kept, activity.retry)
+        policy.timeout = None if kept.timeout is None else timedelta(microseconds=kept.timeout)
+        policy.total_timeout = None if kept.total_timeout is None else timedelta(microseconds=kept.total_timeout)
+        call = LocalCall(activity.fn, tuple(args), kwargs, policy, self.shift.limits)
         step = self.row.parent_step or self.row.id
         info = StepInfo(self.row.parent_id or self.row.id, self.row.workflow, step, self.attempt, self.row.seed)
         self.execution = Execution(step, self.attempt, call, info, self._ended)
