@@ -102,7 +102,7 @@ def test_a_body_that_swallows_its_unwinding_changes_nothing(caplog: pytest.LogCa
 
 
 def test_a_body_that_spins_while_it_is_unwound_is_parked() -> None:
-    calls = []
+    calls: list[int] = []
 
     def flow(ctx: Any) -> Any:
         while True:

@@ -172,3 +172,13 @@ def test_callbacks_without_rest_are_code_that_does_not_rest() -> None:
     run = Run(flow)
     assert run.play.restless
     run.close()
+
+
+def test_timers_without_rest_are_code_that_does_not_rest() -> None:
+    async def flow(ctx: Any) -> Any:
+        while True:
+            await asyncio.sleep(1e-12)
+
+    run = Run(flow).after(1)
+    assert run.play.restless
+    run.close()

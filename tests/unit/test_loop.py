@@ -56,7 +56,7 @@ async def _event(ctx: Any) -> Any:
 
 
 async def _guards(ctx: Any) -> Any:
-    found = []
+    found: list[Any] = []
     for guard in (asyncio.Lock(), asyncio.Semaphore(1), asyncio.Condition()):
         async with guard:
             if len(found) < 2:

@@ -22,6 +22,7 @@ from perdure.core.match import Difference, Line, Op
 from perdure.runtime.context import Context, Facts, SyncContext, ThisRun
 from perdure.runtime.drive_async import AsyncDriver
 from perdure.runtime.drive_sync import BodyThreads, SyncDriver
+from perdure.runtime.loop import MOST_CALLBACKS
 from perdure.runtime.registry import Workflow
 
 
@@ -153,8 +154,13 @@ class Play:
             self._start(event)
             driver = self.driver
         else:
+            left = MOST_CALLBACKS
             while line.timers and line.fire():
                 self._run()
+                left -= 1
+                if left == 0:
+                    # Each timer sets another one for the same instant.
+                    self.restless = True
                 if self._stopped():
                     return
             # A second request does not interrupt the cleanup that the first one began.

@@ -532,7 +532,8 @@ class Resident:
             return
         if self.flight is not None:
             # Timers come due while a commit is under way too: inputs have their own times, answers have none.
-            self._set_timer(self._next_wake())
+            if not self.play.over:
+                self._set_timer(self._next_wake())
             return
         play = self.play
         if play.difference is not None:

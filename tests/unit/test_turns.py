@@ -1,0 +1,134 @@
+"""Turns of a run in a worker's memory, with a store that answers when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from perdure.core import events as ev
+from perdure.core import stored
+from perdure.runtime.registry import Workflow
+from perdure.testing.programs import Program
+from perdure.testing.service import Service
+from perdure.testing.tape import SECOND, START
+
+
+class Flow(Program):
+    """A program that is a function."""
+
+    fn: Any = None
+
+    def workflow(self, work: Any, name: str = "program") -> Workflow[Any, Any]:
+        return Workflow(type(self).fn, name=name)
+
+
+def serving(flow: Any) -> Service:
+    """A service with one run of this workflow, taken up."""
+    kind = type("Flow", (Flow,), {"fn": staticmethod(flow)})
+    service = Service([kind(seed=1, style="async", body=())], 1)
+    service.look()
+    return service
+
+
+def history(service: Service) -> list[ev.Event]:
+    return [stored.decode(text) for text in service.store.history(1)]
+
+
+async def slow() -> str:
+    await asyncio.sleep(5)
+    return "done"
+
+
+def test_a_run_whose_last_step_is_given_up_while_its_turn_is_written_parks() -> None:
+    async def quick() -> str:
+        return "quick"
+
+    async def flow(ctx: Any) -> Any:
+        first = ctx.step.start("slow", slow)
+        await ctx.step.run("quick", quick)
+        await first.cancel()
+        await ctx.step.wait_signal("go")
+
+    service = serving(flow)
+    service.flush()
+    service.go_on(5 * SECOND)
+    service.quiet()
+    for _ in range(3):
+        service.go_on(5 * SECOND)
+        service.quiet()
+    row = service._rows()[1]
+    assert row.status == "waiting"
+    service.close()
+
+
+def test_a_timer_that_comes_due_while_a_commit_is_under_way_has_its_own_time() -> None:
+    async def flow(ctx: Any) -> Any:
+        await ctx.step.sleep("first", 1)
+        await asyncio.sleep(2)
+        await ctx.step.wait_signal("go")
+
+    service = serving(flow)
+    service.quiet()
+    service.go_on(SECOND)  # The first sleep ends; its turn is not written yet.
+    service.go_on(2 * SECOND)
+    service.go_on(7 * SECOND)
+    service.quiet()
+    times = [event.at - START for event in history(service) if isinstance(event, ev.Time)]
+    assert times == [SECOND, 3 * SECOND]
+    service.close()
+
+
+def test_a_step_that_ends_by_its_total_timeout_no_longer_executes() -> None:
+    async def flow(ctx: Any) -> Any:
+        try:
+            await ctx.step.options(total_timeout=2).run("slow", slow)
+        except TimeoutError:
+            await ctx.step.wait_signal("go")
+
+    service = serving(flow)
+    service.quiet()
+    (resident,) = service.shift.residents.values()
+    assert list(resident.executions) == ["slow"]
+    service.go_on(2 * SECOND)
+    service.quiet()
+    assert not resident.executions
+    assert service._rows()[1].status == "waiting"
+    service.close()
+
+
+def test_a_timer_that_comes_due_during_a_rebuild_is_set_again() -> None:
+    async def flow(ctx: Any) -> Any:
+        await asyncio.sleep(5)
+        return "woken"
+
+    service = serving(flow)
+    service.quiet()
+    (resident,) = service.shift.residents.values()
+    resident.rebuilding = True
+    service.go_on(5 * SECOND)
+    resident.rebuilding = False
+    resident.settle()
+    service.go_on(SECOND)
+    service.quiet()
+    assert service._rows()[1].status == "completed"
+
+
+def test_a_history_that_the_code_no_longer_bears_out_blocks_the_run_even_where_it_ends() -> None:
+    async def flow(ctx: Any) -> Any:
+        await ctx.step.sleep("cool-off", 3600)
+
+    async def changed(ctx: Any) -> Any:
+        return "at once"
+
+    service = serving(flow)
+    service.quiet()
+    service.known["program-1"].fn = changed
+    service.store.written = lambda batch, verdicts: None
+    service.crash()
+    service.signal("run-1", "wake up", 1)
+    service.look()
+    service.flush()
+    row = service._rows()[1]
+    assert row.status == "blocked"
+    assert "recorded: event 2, sleep" in row.waits
+    service.close()
