@@ -59,9 +59,10 @@ def run(seed: int, *, tape: Sequence[int] | None = None, config: Config | None =
     finally:
         if enabled:
             gc.enable()
-    return Report(
-        seed=seed, violation=found, tape=played.choices, labels=played.labels, world=world, sometimes=world.sometimes
-    )
+    kept = played.choices if tape is None else list(tape)
+    while kept and not kept[-1]:
+        kept.pop()  # Behind its end a tape is all zeros.
+    return Report(seed=seed, violation=found, tape=kept, labels=played.labels, world=world, sometimes=world.sometimes)
 
 
 def shrunk(report: Report, *, tries: int = 400, config: Config | None = None) -> Report:

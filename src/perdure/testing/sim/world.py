@@ -383,9 +383,10 @@ class Process:
         if shift is None:
             return later
         if self.leaving:
-            if self.leaving > 1 or shift.idle or self.leave_at <= now:
+            if self.leaving == 1 and not shift.idle and self.leave_at > now:
+                later = min(later, self.leave_at)
+            elif self.leaving == 1 or not self.committer.waiting:
                 found.append((self, self.leave))
-            later = min(later, self.leave_at)
         if self.leaving < 2:
             if self.watch_at <= now or (world.config.hints and self.news != world.store._news):
                 found.append((self, self.watch))
