@@ -13,7 +13,7 @@ import pytest
 from perdure.core import stored
 from perdure.testing import tape
 from perdure.testing.programs import program, tree
-from perdure.testing.service import played_again, random_life
+from perdure.testing.service import Broken, played_again, random_life
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
@@ -41,7 +41,7 @@ def test_no_schedule_of_faults_breaks_a_promise(block: int) -> None:
         programs = [program(seed * 3 + n) for n in range(3)]
         try:
             service = random_life(programs, seed)
-        except Exception as error:
+        except (Broken, Exception) as error:
             raise AssertionError("\n\n".join([f"universe {seed}", *(tree(p.body) for p in programs)])) from error
         sometimes += service.sometimes
         ends.update(row.status for row in service._rows().values())

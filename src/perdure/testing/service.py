@@ -41,8 +41,8 @@ VALUES: Final[tuple[int | str, ...]] = (1, 2, 3, "no number")
 FAULTS: Final = ("crash", "rob", "busy", "refused", "lost", "signal", "cancel")
 
 
-class Broken(AssertionError):
-    """A promise was broken."""
+class Broken(BaseException):
+    """A promise was broken. No `Exception`: a step must not be able to fail with it."""
 
 
 class OrdinaryLoop(RunLoop):
@@ -121,6 +121,7 @@ class Service:
         self.acknowledged: dict[int, list[str]] = {}
         self.executions: Counter[tuple[str, str]] = Counter()
         self.interruptions = 0
+        self.broken: list[Broken] = []
         self.count = 0
         self.zombie = False
         self.sometimes: Counter[str] = Counter()
@@ -272,7 +273,10 @@ class Service:
     async def work(self, id: str) -> int:
         """The function of every step: takes a while, fails now and then, the same at every execution."""
         info = current_step()
-        self._began(info.run_id, info.id, info.attempt)
+        try:
+            self._began(info.run_id, info.id, info.attempt)
+        except Broken as broken:
+            self.broken.append(broken)
         luck = int(blake2b(f"{info.run_id}/{id}/{info.attempt}".encode(), digest_size=4).hexdigest(), 16)
         pause = (0, 0, 0.3, 1.5, 4)[luck % 5]
         if pause:
@@ -433,8 +437,14 @@ class Service:
                 return
         raise Broken(f"no rest at {self.clock}")
 
+    def whole(self) -> None:
+        """Raise what a step has seen broken."""
+        if self.broken:
+            raise self.broken[0]
+
     def audit(self) -> None:
         """The ledger of executions against the histories."""
+        self.whole()
         for key, row in self._rows().items():
             recorded: Counter[str] = Counter()
             cancelled: set[str] = set()
@@ -546,6 +556,7 @@ def random_life(programs: Sequence[Program], seed: int, *, actions: int = 120) -
                 service.beat() if not service.zombie else service.find_out()
             else:
                 service.go_on(rng.choice([0, 1, SECOND // 3, SECOND, 5 * SECOND]))
+            service.whole()
         service.heal()
     finally:
         service.close()
