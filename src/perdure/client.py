@@ -78,6 +78,8 @@ log = logging.getLogger("perdure.client")
 
 REMEMBERED: Final = 10_000
 """Ends of runs kept in memory, so that `result()` right after an end needs no read."""
+KNOWN_FOR: Final = 10.0
+"""Seconds for which an announcement is believed: a deploy may have changed the signature."""
 FIRST_POLL: Final = 0.002
 LAST_POLL: Final = 0.05
 _FAILURES: Final = {
@@ -127,6 +129,7 @@ class Core:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.readers: ThreadPoolExecutor | None = None
         self.announced: dict[str, Announced] = {}
+        self.asked_at = 0.0
         self.waiting: dict[Key, list[asyncio.Future[Ending]]] = {}
         self.recent: dict[Key, Ending] = {}
         self.poller: asyncio.Task[None] | None = None
@@ -320,8 +323,10 @@ class Core:
     # --- names ---
 
     async def served(self, name: str) -> Announced | None:
-        """What workers announced under a name; read again if it is not known yet."""
-        if name not in self.announced:
+        """What workers announced under a name; read again if it is unknown, or was read a while ago."""
+        assert self.loop is not None
+        if name not in self.announced or self.loop.time() - self.asked_at > KNOWN_FOR:
+            self.asked_at = self.loop.time()
             for each in await self.read(lambda: self.store.announced(self.namespace)):
                 if each.kind == "workflow":
                     self.announced[each.name] = each
@@ -514,9 +519,16 @@ class Client:
             input = target.signature.encode(args, kwargs, limits=core.limits)
             return target, target.name, input, target.queue, target.timeout
         announced = await self._announced(workflow)
-        parameters = [Parameter(**p) for p in announced.signature or ()]
-        signature = Signature(workflow, parameters)
-        return None, workflow, signature.encode(args, kwargs, limits=core.limits), announced.queue, None
+        facts = announced.signature or {}
+        signature = Signature(workflow, [Parameter(**each) for each in facts.get("parameters", ())])
+        timeout = facts.get("timeout")
+        return (
+            None,
+            workflow,
+            signature.encode(args, kwargs, limits=core.limits),
+            announced.queue,
+            None if timeout is None else timedelta(microseconds=timeout),
+        )
 
     async def _announced(self, name: str) -> Announced:
         announced = await self._core.served(name)

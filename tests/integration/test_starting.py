@@ -15,6 +15,7 @@ import pytest
 from perdure import (
     Client,
     Context,
+    Engine,
     IdempotencyConflict,
     RunCancelled,
     RunExists,
@@ -250,3 +251,15 @@ async def test_lists_and_counts(tmp_path: Path) -> None:
         ]
         info = await it.handle("e1").info()
         assert (info.workflow, info.status, info.result, info.generation) == ("echo", "completed", 1, 1)
+
+
+async def test_a_start_by_name_keeps_the_workflows_own_timeout(tmp_path: Path) -> None:
+    @workflow(timeout=0.3)
+    async def limited(ctx: Context) -> None:
+        await ctx.step.sleep("long", hours=1)
+
+    url = f"sqlite:///{tmp_path / 'runs.db'}"
+    async with Engine(url, workflows=[limited]), Client(url) as client:
+        run = await client.start("limited")
+        with pytest.raises(RunTimedOut):
+            await run.result(timeout=20)

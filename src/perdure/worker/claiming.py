@@ -11,10 +11,9 @@ from perdure.core import events as ev
 from perdure.core import stored
 from perdure.core.errors import PerdureError
 from perdure.core.turn import Batch, Claim, Head, Turn
-from perdure.core.waits import Waits, waits_text
 from perdure.stores.contract import Store
 from perdure.worker.ending import end_without_code
-from perdure.worker.residents import back_off, blocked_tries
+from perdure.worker.residents import put_aside
 from perdure.worker.shift import Shift
 
 log = logging.getLogger("perdure.worker")
@@ -47,29 +46,12 @@ class Watcher:
         if heads or mail:
             shift._soon(shift.received, heads, mail)
         while self._unreadable:
-            self._put_aside(*self._unreadable[-1])
+            head, error = self._unreadable[-1]
+            log.error("run %s cannot be read: %s", head.row.id, error)
+            aside = put_aside(head.row, error, now=self.store.now(), turn_id=shift.turn_id())
+            self.store.write(Batch(turns=[aside]))
             self._unreadable.pop()
         return len(heads) + len(mail)
-
-    def _put_aside(self, head: Head, error: PerdureError) -> None:
-        """A run whose history cannot be read blocks, and is tried again later: by us, or by whoever can read it."""
-        row = head.row
-        tries = blocked_tries(row.waits) + 1
-        log.error("run %s cannot be read: %s", row.id, error)
-        turn = Turn(
-            run=row.key,
-            owner=self.shift.incarnation,
-            epoch=row.epoch,
-            version=row.version,
-            last=row.turn,
-            id=self.shift.turn_id(),
-            first_seq=row.history_events + 1,
-            status="blocked",
-            wake_at=self.store.now() + back_off(tries),
-            waits=waits_text(Waits(blocked=str(error), tries=tries)),
-            release=True,
-        )
-        self.store.write(Batch(turns=[turn]))
 
     def _claim(self) -> list[tuple[Head, Sequence[ev.Event]]]:
         shift = self.shift

@@ -36,6 +36,7 @@ from perdure.core.turn import (
     Turn,
     Unstorable,
 )
+from perdure.core.waits import Waits, waits_text
 from perdure.runtime.context import ThisRun, step_key
 from perdure.runtime.play import NOTHING, Asked, Play
 from perdure.runtime.steps import LocalCall, RemoteCall
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("perdure.worker")
 
 FORCED_AFTER: Final = 3
-"""So often newer mail may send an ending run back; then it lists the rest as unread. After twice as often it ends anyway."""
+"""So often newer mail may send an ending run back; then it lists the rest as unread. Twice as often: it ends anyway."""
 FIRST_BACK_OFF: Final = 1_000_000
 LAST_BACK_OFF: Final = 300_000_000
 LONG_STEP: Final = 1.0
@@ -880,3 +881,24 @@ def blocked_tries(waits: str) -> int:
     if not waits.startswith('{"blocked"'):
         return 0
     return int(json.loads(waits).get("tries", 0))
+
+
+def put_aside(row: Row, error: Exception, *, now: int, turn_id: str) -> Turn:
+    """The turn of a claimed run that cannot be brought into memory: it blocks, and is tried again later.
+
+    By this worker, or by one that can: a newer version, other code.
+    """
+    tries = blocked_tries(row.waits) + 1
+    return Turn(
+        run=row.key,
+        owner=row.owner,
+        epoch=row.epoch,
+        version=row.version,
+        last=row.turn,
+        id=turn_id,
+        first_seq=row.history_events + 1,
+        status="blocked",
+        wake_at=now + back_off(tries),
+        waits=waits_text(Waits(blocked=str(error), tries=tries)),
+        release=True,
+    )

@@ -25,6 +25,7 @@ from perdure.core.errors import StoreError
 from perdure.core.limits import Limits
 from perdure.core.match import Op
 from perdure.core.retry import micros
+from perdure.core.signature import Signature
 from perdure.core.turn import (
     Announced,
     Announcement,
@@ -45,7 +46,7 @@ from perdure.worker.committer import Committer
 from perdure.worker.executing import Execution, Executor
 from perdure.worker.lease import Heartbeat
 from perdure.worker.remote_end import StartPolicy, policy_text
-from perdure.worker.residents import Outcome, Resident, out_of_time
+from perdure.worker.residents import Outcome, Resident, out_of_time, put_aside
 from perdure.worker.watchdog import Watched
 
 log = logging.getLogger("perdure.worker")
@@ -151,10 +152,12 @@ class Shift:
     def announcement(self) -> Announcement:
         """A new incarnation with everything it serves."""
         served = [
-            Announced(name=w.name, kind="workflow", queue=w.queue, signature=_parameters(w.signature))
+            Announced(name=w.name, kind="workflow", queue=w.queue, signature=_announced(w.signature, w.timeout))
             for w in self.registry.workflows.values()
         ] + [
-            Announced(name=a.name, kind="activity", queue=a.queue or "default", signature=_parameters(a.signature))
+            Announced(
+                name=a.name, kind="activity", queue=a.queue or "default", signature=_announced(a.signature, a.timeout)
+            )
             for a in self.registry.activities.values()
         ]
         return Announcement(
@@ -243,27 +246,43 @@ class Shift:
         for head, events in heads:
             if self.closed:
                 break
-            row = head.row
-            if row.owner != self.incarnation:
-                continue
-            if row.strikes >= 2:
-                self.alone_with = row.key
-            if row.kind == "activity":
-                ActivityRun(self, row, head.mail).begin()
-                continue
-            there = self.residents.pop(row.key, None)
-            if there is not None:
-                there.leave()
-                self.parked.discard(row.key)
-            resident = Resident.of_row(self, row)
-            self.residents[row.key] = resident
-            resident.begin(events, head.mail)
+            if head.row.owner == self.incarnation:
+                self._take_up(head, events)
         for message in mail:
             owned = self.residents.get(message.run)
             if owned is not None:
                 owned.post(message)
             elif message.run in self.activities:
                 self.activities[message.run].post(message)
+
+    def _take_up(self, head: Head, events: Sequence[ev.Event]) -> None:
+        """Bring a claimed run into memory; one that cannot be is put aside, and costs its neighbours nothing."""
+        row = head.row
+        if row.strikes >= 2:
+            self.alone_with = row.key
+        try:
+            if row.kind == "activity":
+                ActivityRun(self, row, head.mail).begin()
+                return
+            there = self.residents.get(row.key)
+            if there is not None:
+                self.dropped(there)
+            resident = Resident.of_row(self, row)
+            self.residents[row.key] = resident
+            resident.begin(events, head.mail)
+        except Exception as error:
+            log.exception("run %s cannot be taken up", row.id)
+            self._let_go(row.key)
+            self.committer.turn(put_aside(row, error, now=self.now(), turn_id=self.turn_id()), lambda verdict: None)
+            self.kick()
+
+    def _let_go(self, key: int) -> None:
+        """Drop whatever is in memory of a run."""
+        resident, activity = self.residents.get(key), self.activities.get(key)
+        if resident is not None:
+            self.dropped(resident)
+        if activity is not None:
+            activity.leave()
 
     def begun(self, start: Start, key: int, *, id: str, version: int, at: int) -> None:
         """A start of this process was written with this incarnation as its owner: no claim, no history to read."""
@@ -588,5 +607,9 @@ def _default_clock() -> float:
     return clock_with_suspend()
 
 
-def _parameters(signature: Any) -> Any:
-    return [{"name": p.name, "kind": p.kind, "required": p.required} for p in signature.parameters]
+def _announced(signature: Signature, timeout: timedelta | None) -> dict[str, Any]:
+    """What a client without the code needs for a start: the parameters, and how long a run may take (microseconds)."""
+    return {
+        "parameters": [{"name": p.name, "kind": p.kind, "required": p.required} for p in signature.parameters],
+        "timeout": None if timeout is None else micros(timeout),
+    }
