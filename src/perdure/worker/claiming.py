@@ -61,6 +61,8 @@ class Watcher:
         room = min(shift.room, MOST_CLAIMED)
         if room <= 0:
             return []
+        # What was claimed and is not received yet executes in a moment.
+        busy = shift.executing or len(shift.residents) > len(shift.parked) or shift.claiming > shift.taken
         shift.claiming += room
         found: list[tuple[Head, Sequence[ev.Event]]] = []
         try:
@@ -73,7 +75,7 @@ class Watcher:
                     activities=list(shift.registry.activities),
                     limit=room,
                     # A run under suspicion is executed with nothing beside it.
-                    alone=shift.settings.alone or not (shift.executing or len(shift.residents) > len(shift.parked)),
+                    alone=shift.settings.alone or not busy,
                 )
             )
             for head in heads:
@@ -85,6 +87,9 @@ class Watcher:
                     self._unreadable.append((head, error))
                 else:
                     found.append((head, events))
+                    if head.row.strikes >= 2:
+                        # At once: the next claim may come before this one is received.
+                        shift.alone_with = head.row.key
             # All that there was room for: there may be more.
             shift.wants_room = len(heads) == room
             self._more = shift.wants_room and room == MOST_CLAIMED

@@ -248,6 +248,8 @@ class Shift:
                 break
             if head.row.owner == self.incarnation:
                 self._take_up(head, events)
+            elif self.alone_with == head.row.key:
+                self.no_longer_alone()
         for message in mail:
             owned = self.residents.get(message.run)
             if owned is not None:
