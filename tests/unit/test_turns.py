@@ -132,3 +132,37 @@ def test_a_history_that_the_code_no_longer_bears_out_blocks_the_run_even_where_i
     assert row.status == "blocked"
     assert "recorded: event 2, sleep" in row.waits
     service.close()
+
+
+def test_an_outcome_is_not_dropped_before_the_commit_that_gave_its_step_up_is_acknowledged() -> None:
+    began: list[str] = []
+
+    async def lasting(name: str, seconds: int) -> str:
+        began.append(name)
+        await asyncio.sleep(seconds)
+        return name
+
+    async def flow(ctx: Any) -> Any:
+        third = ctx.step.start("third", lasting, "third", 3)
+        first = ctx.step.start("first", lasting, "first", 5)
+        try:
+            await ctx.step.run("second", lasting, "second", 4)
+        except asyncio.CancelledError:
+            return await first.result()
+        await first.cancel()
+        await asyncio.sleep(2)
+        return await third.result()
+
+    service = serving(flow)
+    service.quiet()
+    service.go_on(3 * SECOND)  # The third step ends: its commit is under way until we flush.
+    service.go_on(1 * SECOND)  # The second one ends, the first is given up.
+    service.go_on(1 * SECOND)  # The first one ends all the same.
+    service.go_on(1 * SECOND)  # The run ends.
+    service.flush()
+    service.cancel("run-1")  # It comes before the end is written: the end is thrown away.
+    service.quiet()
+    row = service._rows()[1]
+    assert (row.status, row.result) == ("completed", '"first"')
+    assert sorted(began) == ["first", "second", "third"]
+    service.close()

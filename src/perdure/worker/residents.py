@@ -9,7 +9,6 @@ Everything here happens on one thread, the shift's loop.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import deque
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ from perdure.core.turn import (
     Turn,
     Unstorable,
 )
-from perdure.core.waits import Waits, waits_text
+from perdure.core.waits import Waits, read_waits, waits_text
 from perdure.runtime.context import ThisRun, step_key
 from perdure.runtime.play import NOTHING, Asked, Play
 from perdure.runtime.steps import LocalCall, RemoteCall
@@ -154,6 +153,7 @@ class Resident:
         "status",
         "this",
         "timer_at",
+        "unwanted",
         "version",
         "wait_since",
         "wake_at",
@@ -194,6 +194,7 @@ class Resident:
         self.inbox: deque[Mail | Outcome | Again] = deque()
         self.open = Gathered()
         self.flight: tuple[Turn, Gathered] | None = None
+        self.unwanted: list[Outcome | Again] = []
         self.executions: dict[str, Execution | None] = {}
         self.retrying: dict[str, int] = {}
         self.deadlines: dict[str, int] = {}
@@ -376,15 +377,22 @@ class Resident:
         else:
             event = item.event
             if isinstance(event, ev.LOCAL_OUTCOMES) and not self.play.line.wants(event.step, event.attempt):
+                self._keep_unwanted(item)
                 return
             if isinstance(event, ev.AttemptFailed):
                 self.retrying[event.step] = event.retry_at
             self._deliver(msgspec.structs.replace(event, at=now), item.value)
 
+    def _keep_unwanted(self, item: Outcome | Again) -> None:
+        """An outcome is dropped when the commit that gave its step up is acknowledged, and not before."""
+        if self.flight is not None or self.open.events:
+            self.unwanted.append(item)
+
     def _take_outcome(self, item: Outcome, now: int) -> None:
         """Record an outcome, if the code still wants it: a value, a final failure, or an attempt to be repeated."""
         line = self.play.line
         if not line.wants(item.step, item.attempt):
+            self._keep_unwanted(item)
             return
         op = line.ops[item.step]
         if item.raw is not None:
@@ -658,7 +666,6 @@ class Resident:
 
     def _block(self, difference: Any) -> None:
         """The code differs from the history: write nothing but that, with the report, and let others try."""
-        self.blocked_tries += 1
         report = NonDeterminismError(
             self.this.id,
             difference.step,
@@ -667,6 +674,11 @@ class Resident:
             asked=difference.asked,
             asked_site=difference.asked_site,
         )
+        self._put_aside(str(report))
+
+    def _put_aside(self, report: str) -> None:
+        """Write the run as blocked, with nothing that has gathered; it is tried again after a pause."""
+        self.blocked_tries += 1
         if self.blocked_tries == 1:
             log.error("%s", report)
         self.open = Gathered()
@@ -674,7 +686,7 @@ class Resident:
             Gathered(),
             status="blocked",
             wake_at=self.shift.now() + back_off(self.blocked_tries),
-            waits=json.dumps({"blocked": str(report), "tries": self.blocked_tries}),
+            waits=waits_text(Waits(blocked=report, tries=self.blocked_tries)),
             release=True,
         )
 
@@ -685,7 +697,7 @@ class Resident:
             Gathered(),
             status=WAITING,
             wake_at=self.shift.now() + FIRST_BACK_OFF * 5,
-            waits=json.dumps({"restless": self.shift.last_stack}),
+            waits=waits_text(Waits(restless=self.shift.last_stack)),
             release=True,
             strike=True,
         )
@@ -704,6 +716,11 @@ class Resident:
             self._rebuild(gathered)
         elif isinstance(verdict, Fenced):
             self.shift.lost(self)
+        elif isinstance(verdict, Unstorable) and turn.status != "blocked":
+            self._put_aside(
+                f"run {self.this.id}: the store cannot keep its turn: {verdict.reason}. That is a bug of Perdure's, "
+                "not of the workflow's. The run is tried again from its last commit; report it."
+            )
         elif isinstance(verdict, (Unstorable, StoreError)):
             log.error("run %s: the store refused its turn: %s", self.this.id, verdict)
             self.shift.lost(self)
@@ -735,6 +752,8 @@ class Resident:
             self.shift.dropped(self)
         else:
             self.blocked_tries = 0
+            if self.unwanted and not self.open.events:
+                self.unwanted = []
             self._act(gathered)
             # What has not changed since the turn was closed needs no look: it still executes something.
             quiet = self.executions and turn.status == RUNNING and not self.shift.draining
@@ -794,7 +813,8 @@ class Resident:
         first = inputs[0][0].at if inputs else self.play.line.now
         for message in [*gathered.consumed, *self.open.consumed]:
             self.known_mail.discard(message)
-        self.inbox = deque(item for item in self.inbox if not isinstance(item, Mail))
+        self.inbox = deque([*self.unwanted, *(item for item in self.inbox if not isinstance(item, Mail))])
+        self.unwanted = []
         times = {event.message: event.at for event, _ in inputs if hasattr(event, "message")}
         self.play.close()
         self.open = Gathered()
@@ -878,9 +898,7 @@ def back_off(tries: int) -> int:
 
 def blocked_tries(waits: str) -> int:
     """How often a blocked run was tried in vain, from its row."""
-    if not waits.startswith('{"blocked"'):
-        return 0
-    return int(json.loads(waits).get("tries", 0))
+    return read_waits(waits).tries
 
 
 def put_aside(row: Row, error: Exception, *, now: int, turn_id: str) -> Turn:

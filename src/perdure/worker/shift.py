@@ -260,15 +260,14 @@ class Shift:
     def _take_up(self, head: Head, events: Sequence[ev.Event]) -> None:
         """Bring a claimed run into memory; one that cannot be is put aside, and costs its neighbours nothing."""
         row = head.row
+        # Claimed again while an earlier claim of it is still here: that one's right is gone.
+        self._let_go(row.key)
         if row.strikes >= 2:
             self.alone_with = row.key
         try:
             if row.kind == "activity":
                 ActivityRun(self, row, head.mail).begin()
                 return
-            there = self.residents.get(row.key)
-            if there is not None:
-                self.dropped(there)
             resident = Resident.of_row(self, row)
             self.residents[row.key] = resident
             resident.begin(events, head.mail)
