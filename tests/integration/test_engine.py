@@ -636,3 +636,25 @@ async def test_a_step_that_a_leaving_worker_was_about_to_begin_is_begun_by_anoth
         async with engine(tmp_path, works) as second:
             assert await second.handle(handle.id).result(timeout=10) == 5
     store.close()
+
+
+async def test_a_run_that_may_only_be_executed_alone_is_made_way_for_under_steady_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("perdure.worker.claiming.PATIENCE", 0.3)
+    path = tmp_path / "runs.db"
+
+    @workflow
+    async def brief(ctx: Context) -> None:
+        await ctx.step.run("nap", asyncio.sleep, 0.05)
+
+    async with Engine(f"sqlite:///{path}", workflows=[brief]) as it:
+        suspect = await it.options(delay=0.2).start(brief)
+        with sqlite3.connect(path) as db:
+            db.execute("UPDATE perdure_runs SET strikes = 2")
+        db.close()
+        done = asyncio.ensure_future(suspect.result(timeout=30))
+        while not done.done():
+            await it.start(brief)
+            await asyncio.sleep(0.02)
+        await done

@@ -113,6 +113,9 @@ class Store(Protocol):
     def children(self, run: Key) -> list[Row]:
         """The live children and activities of a run, oldest first."""
 
+    def suspects(self, claim: Claim) -> bool:
+        """Whether a run with two strikes waits that this claim, if it were `alone`, might take."""
+
     def overdue(self, *, limit: int = 100) -> list[Row]:
         """Live runs past their `deadline_at`, and unowned ones with three strikes not yet quarantined."""
 

@@ -446,6 +446,12 @@ class MemoryStore:
             rows = [self._runs[key].row for key in sorted(self._children.get(run, {}).values())]
             return [row for row in rows if row.ended_at is None]
 
+    def suspects(self, claim: Claim) -> bool:
+        with self._transaction():
+            now = self.now()
+            waiting = (run for run in self._unowned() if _serves(claim, run.row) and _is_claimable(run, now))
+            return any(run.row.strikes == ALONE for run in waiting)
+
     def overdue(self, *, limit: int = 100) -> list[Row]:
         with self._transaction():
             now = self.now()

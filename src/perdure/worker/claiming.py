@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from msgspec.structs import replace
+
 from perdure.core import events as ev
 from perdure.core import stored
 from perdure.core.errors import PerdureError
@@ -22,6 +24,8 @@ SAFETY_POLL: Final = 1.0
 """Seconds between two looks when no hint comes."""
 MOST_CLAIMED: Final = 200
 """Runs in one claim: a batch that shares a transaction, and leaves some for others."""
+PATIENCE: Final = 5.0
+"""Seconds of steady load after which a run that may only be executed alone is made way for."""
 MOST_LOOKED_AT: Final = 1000
 """Runs in memory of which one round asks whether they have ended elsewhere."""
 
@@ -33,6 +37,7 @@ class Watcher:
         self.store = store
         self.shift = shift
         self._more = False
+        self._busy_since: float | None = None
         self._unreadable: list[tuple[Head, PerdureError]] = []
 
     def step(self, timeout: float = SAFETY_POLL) -> int:
@@ -58,26 +63,25 @@ class Watcher:
         self._more = False
         # Said before it is looked at: what is freed from now on wakes us.
         shift.wants_room = True
+        # What was claimed and is not received yet executes in a moment.
+        busy = bool(shift.executing or len(shift.residents) > len(shift.parked) or shift.claiming > shift.taken)
+        # A run under suspicion is executed with nothing beside it.
+        claim = Claim(
+            incarnation=shift.incarnation,
+            namespace=shift.settings.namespace,
+            queues=shift.settings.queues,
+            workflows=list(shift.registry.workflows),
+            activities=list(shift.registry.activities),
+            alone=shift.settings.alone or not busy,
+        )
+        self._make_way(busy, claim)
         room = min(shift.room, MOST_CLAIMED)
         if room <= 0:
             return []
-        # What was claimed and is not received yet executes in a moment.
-        busy = shift.executing or len(shift.residents) > len(shift.parked) or shift.claiming > shift.taken
         shift.claiming += room
         found: list[tuple[Head, Sequence[ev.Event]]] = []
         try:
-            heads = self.store.claim(
-                Claim(
-                    incarnation=shift.incarnation,
-                    namespace=shift.settings.namespace,
-                    queues=shift.settings.queues,
-                    workflows=list(shift.registry.workflows),
-                    activities=list(shift.registry.activities),
-                    limit=room,
-                    # A run under suspicion is executed with nothing beside it.
-                    alone=shift.settings.alone or not busy,
-                )
-            )
+            heads = self.store.claim(replace(claim, limit=room))
             for head in heads:
                 events: Sequence[ev.Event] = ()
                 try:
@@ -97,6 +101,19 @@ class Watcher:
         finally:
             # What was claimed counts until it is received.
             shift.claiming -= room - len(found)
+
+    def _make_way(self, busy: bool, claim: Claim) -> None:
+        """Under steady load a worker is never idle by itself: after a while it looks who may only be executed alone."""
+        shift = self.shift
+        now = shift.monotonic()
+        if not busy:
+            self._busy_since = None
+            shift.makes_way = False
+        elif self._busy_since is None:
+            self._busy_since = now
+        elif not shift.makes_way and now - self._busy_since > PATIENCE:
+            self._busy_since = now
+            shift.makes_way = self.store.suspects(claim)
 
 
 class Housekeeper:

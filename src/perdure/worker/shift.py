@@ -134,6 +134,8 @@ class Shift:
         self.claiming = 0
         self.taken = 0
         self.alone_with: int | None = None
+        # Nothing is taken until nothing executes: a run that may only be executed alone has waited long enough.
+        self.makes_way = False
         self.wants_room = False
         self._kick = kick
         self._kicked = False
@@ -203,7 +205,7 @@ class Shift:
     @property
     def room(self) -> int:
         """How many runs may be claimed now."""
-        if self.draining or self.closed or self.alone_with is not None:
+        if self.draining or self.closed or self.alone_with is not None or self.makes_way:
             return 0
         most = self.settings.concurrency * 4
         active = len(self.residents) - len(self.parked) + len(self.activities) + self.claiming - self.taken

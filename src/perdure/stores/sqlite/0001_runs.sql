@@ -62,9 +62,9 @@ CREATE INDEX perdure_runs_status ON perdure_runs (namespace, workflow, status);
 -- Children by their parent's step.
 CREATE INDEX perdure_runs_parent ON perdure_runs (parent, parent_step) WHERE parent IS NOT NULL;
 
--- Live runs with a deadline, and those that may have to be quarantined.
+-- Live runs with a deadline, and those that are executed alone or may have to be quarantined.
 CREATE INDEX perdure_runs_deadline ON perdure_runs (deadline_at) WHERE deadline_at IS NOT NULL AND ended_at IS NULL;
-CREATE INDEX perdure_runs_struck ON perdure_runs (strikes) WHERE strikes >= 3 AND ended_at IS NULL;
+CREATE INDEX perdure_runs_struck ON perdure_runs (strikes) WHERE strikes >= 2 AND ended_at IS NULL;
 
 CREATE TABLE perdure_inputs (
     run INTEGER PRIMARY KEY,

@@ -68,6 +68,19 @@ SELECT json_group_array(/* columns */) FROM (
     SELECT * FROM perdure_runs INDEXED BY perdure_runs_parent WHERE parent = ? AND ended_at IS NULL ORDER BY key
 ) AS run;
 
+-- name: suspects
+-- Whether a run that killed two workers waits for one that serves it. (Namespace, now, queues, pairs of name and kind.)
+SELECT EXISTS (
+    SELECT 1 FROM perdure_runs AS run INDEXED BY perdure_runs_struck
+    WHERE run.strikes >= 2 AND run.strikes = 2 AND run.ended_at IS NULL AND +run.namespace = ?
+        AND +run.due_at IS NOT NULL AND +run.due_at <= ?
+        AND +run.queue IN (SELECT value FROM json_each(?))
+        AND EXISTS (
+            SELECT 1 FROM json_each(?) AS served
+            WHERE run.workflow = json_extract(served.value, '$[0]') AND run.kind = json_extract(served.value, '$[1]')
+        )
+);
+
 -- name: overdue
 -- Live runs past their deadline, and unowned ones that killed three workers. (Now, number, number, number.)
 SELECT json_group_array(/* columns */) FROM (
@@ -79,7 +92,7 @@ SELECT json_group_array(/* columns */) FROM (
         UNION
         SELECT key FROM (
             SELECT key FROM perdure_runs INDEXED BY perdure_runs_struck
-            WHERE strikes >= 3 AND ended_at IS NULL AND +owner IS NULL AND +status <> 'quarantined' LIMIT ?
+            WHERE strikes >= 2 AND strikes >= 3 AND ended_at IS NULL AND +owner IS NULL AND +status <> 'quarantined' LIMIT ?
         )
     )
     ORDER BY key LIMIT ?

@@ -321,6 +321,11 @@ class SQLiteStore:
     def children(self, run: Key) -> list[Row]:
         return _rows(self._ask("children", (run,))[0])
 
+    def suspects(self, claim: Claim) -> bool:
+        served = [(name, "workflow") for name in claim.workflows] + [(name, "activity") for name in claim.activities]
+        asked = (claim.namespace, self._clock(), json.dumps(list(claim.queues)), json.dumps(served))
+        return bool(self._ask("suspects", asked)[0])
+
     def overdue(self, *, limit: int = 100) -> list[Row]:
         return _rows(self._ask("overdue", (self._clock(), limit, limit, limit))[0])
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
-from perdure.core.turn import Committed, Fenced, Head, ParentLink
+from perdure.core.turn import Claim, Committed, Fenced, Head, ParentLink
 from perdure.stores.contract import Store
 from perdure.testing.conformance.story import (
     EVENT,
+    NAMESPACE,
     SECOND,
     Clock,
     Holder,
@@ -312,6 +314,19 @@ class ClaimPromises:
         harmless = [started(store, "1", priority=1), started(store, "2", priority=1)]
         struck(store, "poison", 2)
         assert [head.row.key for head in claiming(store, alone=True)] == harmless
+
+    def test_a_run_with_two_strikes_that_waits_is_a_suspect(self, store: Store) -> None:
+        wanted = Claim(incarnation="worker", namespace=NAMESPACE, queues=["default"], workflows=["orders"])
+        struck(store, "worse", 3)
+        assert not store.suspects(wanted)
+        struck(store, "poison", 2)
+        started(store, "harmless")
+        assert store.suspects(wanted)
+        assert not store.suspects(replace(wanted, queues=["other"]))
+        assert not store.suspects(replace(wanted, workflows=["returns"]))
+        assert not store.suspects(replace(wanted, namespace="other"))
+        claimed(store, alone=True)
+        assert not store.suspects(wanted)
 
     def test_a_run_with_three_strikes_is_never_claimed(self, store: Store) -> None:
         struck(store, "poison", 3)

@@ -134,6 +134,9 @@ class SimStore:
     def overdue(self, *, limit: int = 100) -> list[Row]:
         return self._read("overdue", lambda: self.real.overdue(limit=limit))
 
+    def suspects(self, claim: Claim) -> bool:
+        return bool(self._read("suspects", lambda: self.real.suspects(claim)))
+
     def announced(self, namespace: str) -> list[Any]:
         return self._read("announced", lambda: self.real.announced(namespace))
 
