@@ -24,9 +24,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from engine_rows import watched
 from shape import Shape, Watch
 
-MIGRATION = Path(__file__).parent.parent / "src/perdure/stores/sqlite/0001_runs.sql"
 BARE = "CREATE TABLE history (run INTEGER NOT NULL, seq INTEGER NOT NULL, body TEXT NOT NULL)"
 ROWS_PER_STATEMENT = 64
 """More rows in one statement gain nothing, and SQLite binds at most 32,766 values."""
@@ -186,83 +186,8 @@ def bare_shape(steps: int) -> Shape:
 
 def engine_shape(steps: int) -> tuple[Shape, str]:
     """What the engine writes for a run with this many steps, watched at work on a file of its own; and whose rows."""
-    try:
-        from engine_rows import watched
-    except ImportError:
-        return guessed_shape(steps), "the engine's schema, rows guessed"
     with tempfile.TemporaryDirectory() as folder:
         return watched(Path(folder, "watched.db"), steps), "the rows of the engine"
-
-
-def guessed_shape(steps: int) -> Shape:
-    """The engine's schema with rows as they will look, for as long as there is no engine to watch."""
-    with tempfile.TemporaryDirectory() as folder:
-        db = opened(Path(folder, "guessed.db"))
-        db.executescript(MIGRATION.read_text())
-        watch = Watch(db)
-        for run in (1, 2):
-            watch.look()
-            for commit in range(steps + 1):
-                guessed_commit(db, run, commit, last=commit == steps)
-                watch.look()
-        return watch.shape()
-
-
-def guessed_commit(db: sqlite3.Connection, run: int, commit: int, *, last: bool) -> None:
-    now, turn = 1_795_000_000_000_000 + run * 999 + commit, f"01kaincarnation-{run}{commit:04d}"
-    if commit == 0:
-        row = {
-            "key": run,
-            "namespace": "default",
-            "id": f"01ka0000{run}runidofrunidof123",
-            "generation": 1,
-            "kind": "workflow",
-            "workflow": "steps",
-            "queue": "default",
-            "priority": 0,
-            "status": "running",
-            "owner": "01kaincarnation",
-            "epoch": 1,
-            "version": 0,
-            "turn": "",
-            "created_at": now,
-            "started_at": now,
-            "attempt": 1,
-            "strikes": 0,
-            "parent_close": "",
-            "history_events": 1,
-            "history_bytes": 150,
-            "seed": str(run) * 32,
-            "digest": str(run) * 32,
-            "language": "python3.11",
-            "dialect": "named-1",
-            "policy": "{}",
-            "tags": "{}",
-            "input": f'[["o-{run}",3],{{}}]',
-        }
-        places = ", ".join("?" * len(row))
-        db.execute(f"INSERT INTO perdure_runs ({', '.join(row)}) VALUES ({places})", tuple(row.values()))
-        event(db, run, 0, f'{{"type":"started","at":{now},"input":[["o-{run}",3],{{}}],"seed":"{str(run) * 32}"}}')
-        return
-    db.execute(
-        "UPDATE perdure_runs SET version = ?, turn = ?, status = ?, result = ?, ended_at = ?, owner = ?,"
-        " history_events = ?, history_bytes = ? WHERE key = ?",
-        (
-            *(commit, turn, "completed" if last else "running", "3" if last else None, now if last else None),
-            *(None if last else "01kaincarnation", commit + 1 + last, 150 + commit * 250, run),
-        ),
-    )
-    event(
-        *(db, run, commit),
-        f'{{"type":"step_completed","at":{now},"id":"step-{commit}","ordinal":{commit},"kind":"run","name":"work",'
-        f'"site":"bench/workflows.py:36","digest":"0123456789abcdef","attempt":1,"value":{{"order":"o-{run}","step":3}}}}',
-    )
-    if last:
-        event(db, run, commit + 1, f'{{"type":"ended","at":{now},"status":"completed","value":3}}')
-
-
-def event(db: sqlite3.Connection, run: int, seq: int, text: str) -> None:
-    db.execute("INSERT INTO perdure_history VALUES (?, ?, ?)", (run, seq, text))
 
 
 def main() -> None:
