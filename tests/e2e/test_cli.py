@@ -270,6 +270,15 @@ def test_wrong_input_is_exit_2_in_a_sentence(shell: Shell, arguments: list[str],
     assert store.code == 4 or "No runs." in store.err
 
 
+@pytest.mark.parametrize("seconds", ["nan", "inf", "1e300", "-1"])
+def test_a_timeout_that_is_no_length_of_time_is_exit_2(shell: Shell, seconds: str) -> None:
+    assert shell.do("run", "flows.py:greet", "--id", "g", "--input", '"a"').code == 0
+    for command in (["result", "g"], ["run", "flows.py:greet", "--input", '"b"']):
+        said = shell.do(*command, "--timeout", seconds)
+        assert said.code == 2, said.err
+        assert "Traceback" not in said.err
+
+
 def test_an_id_with_another_input_is_exit_2(shell: Shell) -> None:
     assert shell.do("run", "flows.py:greet", "--id", "g", "--input", '"a"').code == 0
     said = shell.do("run", "flows.py:greet", "--id", "g", "--input", '"b"')

@@ -18,6 +18,7 @@ import click
 from perdure.cli.words import Wrong
 from perdure.client import Client
 from perdure.core.errors import NotAStore
+from perdure.core.retry import duration
 from perdure.stores.opening import DEFAULT, VARIABLE
 
 T = TypeVar("T")
@@ -63,6 +64,18 @@ def common(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(Where(store=store, namespace=namespace, json=as_json), **rest)
 
     return command
+
+
+class Seconds(click.FloatRange):
+    """A length of time."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        seconds = super().convert(value, param, ctx)
+        try:
+            duration(seconds, "it")
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return seconds
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from perdure.cli.fields import fields_of, stored
 from perdure.cli.following import Follower
 from perdure.cli.inputs import Given, given, inputs
 from perdure.cli.modules import load_workflow, queues_of
-from perdure.cli.options import Where, common, usage
+from perdure.cli.options import Seconds, Where, common, usage
 from perdure.cli.words import json_text, say, tell
 from perdure.client import RunHandle
 from perdure.engine import Engine, _Serves
@@ -48,7 +48,7 @@ class Stopped(Exception):
     metavar="ID",
     help="The run's id. The same id again goes on with the same run. [default: a new one]",
 )
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Wait no longer; then exit 5.")
+@click.option("--timeout", type=Seconds(min=0), metavar="SECONDS", help="Wait no longer; then exit 5.")
 @common
 def command(
     where: Where, target: str, input: Sequence[str], arg: Sequence[str], run_id: str | None, timeout: float | None

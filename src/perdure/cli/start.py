@@ -8,12 +8,12 @@ import click
 
 from perdure.cli.fields import fields_of
 from perdure.cli.inputs import given, inputs
-from perdure.cli.options import Where, ask, common, usage
+from perdure.cli.options import Seconds, Where, ask, common, usage
 from perdure.cli.words import json_text, say
 from perdure.client import Client
 from perdure.info import RunInfo
 
-_SECONDS = click.FloatRange(min=0)
+_SECONDS = Seconds(min=0)
 
 
 @click.command()

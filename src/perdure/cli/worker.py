@@ -15,7 +15,7 @@ import click
 
 from perdure.cli.aside import Aside, end_soon
 from perdure.cli.modules import load_served
-from perdure.cli.options import Where, common, usage
+from perdure.cli.options import Seconds, Where, common, usage
 from perdure.cli.words import json_text, say, tell
 from perdure.engine import GRACE, Worker
 from perdure.runtime.registry import Registry
@@ -41,7 +41,7 @@ BEYOND_GRACE: Final = 3.0
 @click.option("--threads", type=click.IntRange(min=1), default=32, show_default=True, help="Threads for sync ones.")
 @click.option(
     "--lease",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(min=0, min_open=True),
     default=15,
     show_default=True,
     metavar="SECONDS",
@@ -49,7 +49,7 @@ BEYOND_GRACE: Final = 3.0
 )
 @click.option(
     "--grace",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     default=GRACE,
     show_default=True,
     metavar="SECONDS",
