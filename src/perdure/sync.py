@@ -7,6 +7,7 @@ client, on that one's loop). There is no second implementation.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Coroutine
 from datetime import timedelta
@@ -36,13 +37,18 @@ class _Loop:
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self._loop = loop
+        self._pid = os.getpid()
         self._thread: threading.Thread | None = None
         self.over = False
         self._lock = threading.Lock()
 
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run the coroutine there and wait for it here."""
-        loop = self._running()
+        try:
+            loop = self._running()
+        except RuntimeError:
+            coroutine.close()
+            raise
         try:
             here: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
         except RuntimeError:
@@ -61,8 +67,16 @@ class _Loop:
             raise
 
     def _running(self) -> asyncio.AbstractEventLoop:
+        if self._loop is not None and self._pid != os.getpid():
+            raise RuntimeError(
+                "This client was opened in another process, before a fork. The loop that answers it did not come "
+                "along. Make a new one in this process."
+            )
         with self._lock:
+            if self.over or (self._loop is not None and self._loop.is_closed()):
+                raise RuntimeError("This client was closed. Nothing can be asked of it any more. Make a new one.")
             if self._loop is None:
+                self._pid = os.getpid()
                 self._loop = asyncio.new_event_loop()
                 self._thread = threading.Thread(target=self._loop.run_forever, name="perdure-loop", daemon=True)
                 self._thread.start()
