@@ -614,6 +614,8 @@ class RunHandle(Generic[R]):
         try:
             return await asyncio.wait_for(self._result(), seconds)
         except asyncio.TimeoutError:
+            if await self.status() in ENDED:
+                return await self._result()
             raise TimeoutError(f"The result did not come within {seconds:g} s. {await self.why()}") from None
 
     async def _result(self) -> R:

@@ -214,6 +214,14 @@ async def test_result_says_what_it_waits_for_and_the_run_goes_on(tmp_path: Path)
         assert await handle.result(timeout=10) == 1
 
 
+async def test_the_result_of_an_ended_run_is_there_at_once(tmp_path: Path) -> None:
+    async with engine(tmp_path, echo) as it:
+        run = await it.start(echo, 1)
+        assert await run.result(timeout=10) == 1
+    async with Client(url_of(tmp_path)) as client:
+        assert await client.handle(run.id).result(timeout=0) == 1
+
+
 async def test_signals_are_kept_in_order_and_once_by_their_id(tmp_path: Path) -> None:
     @workflow
     async def three(ctx: Context) -> list[Any]:
