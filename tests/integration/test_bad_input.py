@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from perdure import (
     Limits,
     NotAStore,
     PayloadError,
+    Retry,
+    RetryAfter,
     RunFailed,
     RunHandle,
     RunNotFound,
@@ -245,7 +248,72 @@ async def test_unknown_names_are_refused(tmp_path: Path) -> None:
                 await it.handle("nobody").signal("go")
 
 
+def test_what_is_no_function_is_no_workflow() -> None:
+    class OfMethods:
+        async def run(self, ctx: Context) -> None: ...
+
+    for wrong in (OfMethods, OfMethods(), functools.partial(takes.fn), 5):
+        with pytest.raises(TypeError, match="A workflow is a function"):
+            workflow(wrong)  # type: ignore[arg-type]  # the mistake under test
+
+
+async def test_an_argument_called_like_the_context_is_refused(tmp_path: Path) -> None:
+    @workflow  # type: ignore[arg-type]  # a type checker sees it
+    async def anything(ctx: Context, **named: int) -> dict[str, int]:
+        return named
+
+    async with engine(tmp_path, anything) as it:
+        with changes_nothing(tmp_path), pytest.raises(TypeError, match='"ctx" is its context'):
+            await it.start(anything, ctx=1)
+        async with Client(url_of(tmp_path)) as knows_no_code:
+            run = await knows_no_code.start("anything", ctx=1)
+            with pytest.raises(RunFailed, match='"ctx" is its context'):
+                await run.result(timeout=10)
+        assert await (await it.start(anything, self=1)).result(timeout=10) == {"self": 1}
+
+
 # --- what a workflow does ------------------------------------------------------------------------------
+
+
+async def test_the_longest_timedelta_is_a_delay_a_timeout_and_a_pause(tmp_path: Path) -> None:
+    @activity(retry=Retry(max_attempts=2))
+    def later() -> None:
+        raise RetryAfter(timedelta.max)
+
+    @workflow
+    async def tries(ctx: Context) -> None:
+        await ctx.step.run("later", later)
+
+    async with engine(tmp_path, echo, tries) as it:
+        scheduled = await it.options(delay=timedelta.max).start(echo, 1)
+        assert "9999-12-31" in await scheduled.why()
+        for_ever = it.options(timeout=timedelta.max, idempotency_key="k", idempotency_ttl=timedelta.max)
+        assert await (await for_ever.start(echo, 1)).result(timeout=10) == 1
+        pausing = await it.start(tries)
+        await until(lambda: ask(tmp_path, "SELECT 1 FROM perdure_runs WHERE status = 'waiting'"), "the pause")
+        assert "attempt 2 of 2" in await pausing.why()
+        assert len((await it.list_runs()).items) == 3
+
+
+async def test_a_wait_beyond_the_year_9999_can_be_told(tmp_path: Path) -> None:
+    last = datetime(9999, 12, 31, 23, 59, 59, tzinfo=timezone(timedelta(hours=-12)))
+
+    @workflow
+    async def too_far(ctx: Context) -> None:
+        await ctx.step.sleep_until("nap", last)
+
+    @workflow
+    async def much_too_far(ctx: Context) -> None:
+        await asyncio.sleep(1e18)
+
+    async with engine(tmp_path, too_far, much_too_far) as it:
+        for each in (too_far, much_too_far):
+            handle = await it.start(each)
+            await until(lambda: ask(tmp_path, "SELECT 1 FROM perdure_runs WHERE status = 'waiting'"), "the wait")
+            assert "9999-12-31 23:59:59" in await handle.why()
+            await handle.history()
+            await it.list_runs()
+            await handle.terminate()
 
 
 async def test_a_step_id_used_twice_fails_the_run_and_names_both_lines(tmp_path: Path) -> None:

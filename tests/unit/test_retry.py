@@ -140,9 +140,13 @@ def test_negative_and_zero_where_they_make_sense() -> None:
         duration(0, "lease=", zero=False)
 
 
-@given(st.timedeltas())
+@given(st.timedeltas(max_value=timedelta(days=3_650_000)))
 def test_microseconds_are_exact(length: timedelta) -> None:
     assert timedelta(microseconds=micros(length)) == length
+
+
+def test_the_longest_time_from_the_last_instant_is_an_integer_of_64_bits() -> None:
+    assert instant(datetime.max.replace(tzinfo=timezone.utc), "at=") + micros(timedelta.max) < 2**63
 
 
 @given(st.datetimes(timezones=st.just(timezone.utc)))

@@ -15,6 +15,8 @@ from typing import Any, Final
 from .errors import NonRetryable, RetryAfter
 
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
+LONGEST: Final = 10_000 * 366 * 86_400 * 1_000_000
+"""Microseconds: beyond the year 9999 from any time there is. Added to one, it still is an integer that stores hold."""
 _NOTHING: Final = timedelta(0)
 _MICROSECOND: Final = timedelta(microseconds=1)
 
@@ -172,8 +174,8 @@ def duration(given: timedelta | float, what: str, *, negative: bool = False, zer
 
 
 def micros(length: timedelta) -> int:
-    """Microseconds in a timedelta, exactly."""
-    return (length.days * 86_400 + length.seconds) * 1_000_000 + length.microseconds
+    """Microseconds in a timedelta, exactly; of one beyond LONGEST, that."""
+    return min((length.days * 86_400 + length.seconds) * 1_000_000 + length.microseconds, LONGEST)
 
 
 def instant(when: datetime, what: str) -> int:
@@ -192,8 +194,12 @@ def instant(when: datetime, what: str) -> int:
 
 
 def moment(at: int) -> datetime:
-    """The UTC datetime that is `at` microseconds after 1970: the other way of `instant`."""
-    return EPOCH + timedelta(microseconds=at)
+    """The UTC datetime that is `at` microseconds after 1970, or the last there is: the other way of `instant`."""
+    try:
+        return EPOCH + timedelta(microseconds=at)
+    except OverflowError:
+        # A zone west of Greenwich, or an asyncio timer, can name a time that UTC cannot write.
+        return datetime.max.replace(tzinfo=timezone.utc)
 
 
 def _attempts(given: Any) -> int | None:

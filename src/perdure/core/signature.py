@@ -40,6 +40,7 @@ class Signature:
     __slots__ = (
         "_any",
         "_by_name",
+        "_context",
         "_known",
         "_more",
         "_named",
@@ -51,9 +52,15 @@ class Signature:
         "parameters",
     )
 
-    def __init__(self, name: str, parameters: Sequence[Parameter], plans: Mapping[str, Plan] | None = None) -> None:
-        """name: of the function, for errors. plans: by parameter; what has none is `Any`."""
+    def __init__(
+        self, name: str, parameters: Sequence[Parameter], plans: Mapping[str, Plan] | None = None, *, context: str = ""
+    ) -> None:
+        """name: of the function, for errors. plans: by parameter; what has none is `Any`.
+
+        context: the name of the parameter in front of these, which no argument can have.
+        """
         self.name = name
+        self._context = context
         self.parameters = tuple(parameters)
         self._plans = dict(plans or {})
         self._only = [each for each in parameters if each.kind == "only"]
@@ -76,6 +83,8 @@ class Signature:
                 raise self._wrong(f"{quoted(name)} was given twice, by position and by name", "Give it once")
             if name not in self._known and self._more is None:
                 raise self._unknown(name)
+            if name == self._context:
+                raise self._wrong(f"{quoted(name)} is its context", "Give the argument another name")
         for at, each in enumerate(self._only):
             if each.required and at >= len(args):
                 raise self._missing(each.name)
@@ -174,12 +183,14 @@ def signature_of(function: Callable[..., Any], *, name: str = "", context: bool 
     except (ValueError, TypeError):
         # Some functions written in C do not tell.
         return Signature(name, [Parameter("args", "rest", False), Parameter("kwargs", "more", False)])
+    taken = ""
     if context:
         if not parameters or parameters[0].kind not in (inspect.Parameter.POSITIONAL_ONLY, _EITHER, _REST):
             raise TypeError(
                 f"{name} has no parameter for the context. A workflow's first parameter is its context. "
                 f"Write `def {name}(ctx, …)`."
             )
+        taken = parameters[0].name if parameters[0].kind is _EITHER else ""
         parameters = parameters if parameters[0].kind is _REST else parameters[1:]
     hints = _Hints(function)
     facts, plans = [], {}
@@ -189,7 +200,7 @@ def signature_of(function: Callable[..., Any], *, name: str = "", context: bool 
         if hint is not Any:
             key = {"rest": f"*{each.name}", "more": f"**{each.name}"}.get(facts[-1].kind, each.name)
             plans[key] = plan(hint, what=f"parameter {quoted(each.name)} of {name}")
-    return Signature(name, facts, plans)
+    return Signature(name, facts, plans, context=taken)
 
 
 def result_plan(function: Callable[..., Any], *, what: str = "") -> Plan:

@@ -22,6 +22,7 @@ from typing import Any, Final, NoReturn
 
 from perdure.core.errors import NeverRests
 from perdure.core.match import Line
+from perdure.core.retry import LONGEST
 
 log = logging.getLogger("perdure.runtime")
 
@@ -208,7 +209,7 @@ class RunLoop(asyncio.AbstractEventLoop):
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.TimerHandle:
-        micros = when * 1_000_000
+        micros = min(when * 1_000_000, LONGEST)
         # Rounded up: a timer never fires early. A nanosecond of slack keeps what was a whole number one.
         due = self.started_at + -int(-(micros - 0.001) // 1)
         timer = _Timer(when, callback, args, self, context)

@@ -56,6 +56,12 @@ class Workflow(Generic[P, R]):
         retry: Retry | None = None,
         on_failure: Callable[..., Any] | None = None,
     ) -> None:
+        given: Any = fn  # Callers are not all type-checked.
+        if isinstance(given, type) or not callable(given) or not hasattr(given, "__qualname__"):
+            raise TypeError(
+                f"@workflow got {fn!r}. A workflow is a function: async, plain, or a generator. Decorate a function; "
+                "one made of a class comes with a later version."
+            )
         self.fn = fn
         self.name = check_name(name if name is not None else fn.__name__, "the name of a workflow")
         self.queue = check_name(queue, "queue=")
