@@ -39,7 +39,7 @@ from perdure import (
     workflow,
 )
 from perdure.runtime.context import SyncContext
-from tests.integration.helpers import AT_ONCE, ONCE, ask, engine, kinds, status_of, until, url_of
+from tests.integration.helpers import AT_ONCE, ONCE, PATIENCE, ask, engine, kinds, status_of, until, url_of
 
 # --- life ----------------------------------------------------------------------------------------------
 
@@ -658,3 +658,32 @@ async def test_a_run_that_may_only_be_executed_alone_is_made_way_for_under_stead
             await it.start(brief)
             await asyncio.sleep(0.02)
         await done
+
+
+async def test_a_function_that_was_abandoned_takes_no_thread_from_others_and_one_that_waits_never_begins(
+    tmp_path: Path,
+) -> None:
+    began: list[str] = []
+    end = threading.Event()
+
+    def hangs(name: str) -> None:
+        began.append(name)
+        end.wait(PATIENCE)
+
+    def quick() -> str:
+        return "quick"
+
+    @workflow
+    async def impatient(ctx: Context, first: float, second: float) -> str:
+        for name, seconds in (("first", first), ("second", second)):
+            ctx.step.options(timeout=seconds, retry=ONCE).start(name, hangs, name)
+        return await ctx.step.run("quick", quick)
+
+    try:
+        async with engine(tmp_path, impatient, threads=1) as running:
+            # The second gives up while it waits for the thread, the first while it has it.
+            handle = await running.start(impatient, 0.4, 0.1)
+            assert await handle.result(timeout=PATIENCE / 2) == "quick"
+    finally:
+        end.set()
+    assert began == ["first"]

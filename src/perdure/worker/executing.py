@@ -82,7 +82,7 @@ Done = Callable[["Execution", Any, "BaseException | None"], None]
 class Execution:
     """One attempt in flight."""
 
-    __slots__ = ("abandoned", "attempt", "began", "call", "counted", "done", "info", "step", "task", "timer")
+    __slots__ = ("abandoned", "attempt", "began", "call", "counted", "done", "info", "leave", "step", "task", "timer")
 
     def __init__(self, step: str, attempt: int, call: LocalCall, info: StepInfo, done: Done) -> None:
         self.step = step
@@ -95,6 +95,7 @@ class Execution:
         self.timer: Any = None
         self.began = 0
         self.counted = False
+        self.leave: Callable[[], None] | None = None  # gives the thread of its function up
 
     def report(self, value: Any, error: BaseException | None) -> None:
         """The function has ended, on the loop's thread."""
@@ -114,6 +115,8 @@ class Execution:
             self.timer = None
         if self.task is not None:
             self.task.cancel()
+        if self.leave is not None:
+            self.leave()
 
 
 class Executor:
@@ -123,7 +126,7 @@ class Executor:
         self.loop = loop
         self.threads = threads
         self._tasks: set[Any] = set()
-        self._waiting: list[Callable[[], None]] = []
+        self._waiting: list[tuple[Callable[[], None], Execution]] = []
         self.in_threads = 0
 
     def begin(self, execution: Execution) -> None:
@@ -132,7 +135,7 @@ class Executor:
         if is_async(call.fn):
             call.context.copy().run(self._begin_task, execution)
         else:
-            self.in_thread(self.job(execution))
+            self.in_thread(self.job(execution), execution)
 
     def _begin_task(self, execution: Execution) -> None:
         call = execution.call
@@ -209,25 +212,32 @@ class Executor:
 
         return run
 
-    def in_thread(self, job: Callable[[], None]) -> None:
-        """Run a job in a thread, or as soon as one is free."""
+    def in_thread(self, job: Callable[[], None], execution: Execution) -> None:
+        """Run a job in a thread, or as soon as one is free and its execution is still wanted."""
+        if execution.abandoned:
+            return
         if self.in_threads >= self.threads.limit:
-            self._waiting.append(job)
+            self._waiting.append((job, execution))
             return
         self.in_threads += 1
+        free = execution.leave = functools.partial(self._thread_free, execution)
 
         def run() -> None:
             try:
                 job()
             finally:
-                self._soon(self._thread_free)
+                self._soon(free)
 
         self.threads.run(run)
 
-    def _thread_free(self) -> None:
+    def _thread_free(self, execution: Execution) -> None:
+        """A thread is free again, or was abandoned with its function: then another takes its place at once."""
+        if execution.leave is None:
+            return
+        execution.leave = None
         self.in_threads -= 1
-        if self._waiting:
-            self.in_thread(self._waiting.pop(0))
+        while self._waiting and self.in_threads < self.threads.limit:
+            self.in_thread(*self._waiting.pop(0))
 
     def _soon(self, callback: Callable[[], Any]) -> None:
         try:

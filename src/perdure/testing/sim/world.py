@@ -128,7 +128,7 @@ class SimExecutor(Executor):
         super().__init__(loop, THREADS)
         self.on_body: threading.Lock | None = None
 
-    def in_thread(self, job: Callable[[], None]) -> None:
+    def in_thread(self, job: Callable[[], None], execution: Any) -> None:
         self.loop.call_soon(job)
 
     def job(self, execution: Any, after: Callable[[], None] | None = None) -> Callable[[], None]:
