@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -121,13 +122,14 @@ def test_a_body_that_spins_while_it_is_unwound_is_parked() -> None:
     assert len(calls) <= 102
 
 
-def test_only_the_body_may_call_ctx() -> None:
+@pytest.mark.parametrize("call", [lambda ctx: ctx.step.run("b", work), lambda ctx: ctx.now()])
+def test_only_the_body_may_call_ctx(call: Callable[[Any], Any]) -> None:
     def flow(ctx: Any) -> Any:
         found: list[str] = []
 
         def elsewhere() -> None:
             try:
-                ctx.step.run("b", work)
+                call(ctx)
             except RuntimeError as error:
                 found.append(str(error))
 
@@ -178,3 +180,16 @@ def test_only_the_function_of_a_run_uses_the_thread_of_the_body() -> None:
     run.value("a")
     assert driver.may_execute(run.play.line.ops["b"])
     run.close()
+
+
+def test_a_body_that_starts_again_logs_nothing_twice(caplog: pytest.LogCaptureFixture) -> None:
+    def flow(ctx: Any) -> None:
+        ctx.log.warning("before")
+        ctx.step.run("a", work)
+        ctx.log.warning("after")
+
+    run = Run(flow)
+    assert run.play.unwind()
+    run.value("a")
+    assert run.status == "completed"
+    assert [record.getMessage() for record in caplog.records] == ["[run-1] before", "[run-1] after"]

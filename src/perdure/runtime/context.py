@@ -780,6 +780,7 @@ class _ContextBase:
 
     def now(self) -> datetime:
         """The time of the input being delivered, aware, UTC: the same on every replay."""
+        self._facts.may_speak("ctx.now")
         return moment(self._facts.line.now)
 
     @property

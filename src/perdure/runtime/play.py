@@ -97,7 +97,7 @@ class Play:
             self._kept.extend(events)
         line = self.line
         inputs = [i for i, event in enumerate(events) if isinstance(event, ev.INPUTS)]
-        line.replaying = len(events) > 1
+        line.replaying = len(events) > 1 or self._rebuilding
         for n, start in enumerate(inputs):
             stop = inputs[n + 1] if n + 1 < len(inputs) else len(events)
             line.following = events[stop] if stop < len(events) else None
@@ -256,16 +256,16 @@ class Play:
         recorded, self._kept = self._kept, []
         self.line = Line(self.run.id)
         self.driver = None
-        for _ in self.replay(recorded):
-            pass
-        line = self.line
-        line.digests_differ.clear()
-        if line.difference is not None:
-            return
-        # What the first life began is known to the worker; only this input's doing is new.
-        line.commands, line.begun, line.dropped, line.starts = [], [], [], []
         self._rebuilding = True
         try:
+            for _ in self.replay(recorded):
+                pass
+            line = self.line
+            line.digests_differ.clear()
+            if line.difference is not None:
+                return
+            # What the first life began is known to the worker; only this input's doing is new.
+            line.commands, line.begun, line.dropped, line.starts = [], [], [], []
             line.open(event.at)
             self._deliver(event, value)
         finally:
