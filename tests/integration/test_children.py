@@ -284,3 +284,16 @@ async def test_children_survive_a_restart_of_everything(tmp_path: Path) -> None:
             assert await second.handle(f"p/c{n}").result(timeout=10) == n
     async with engine(tmp_path, parent, waiting) as third:
         assert await third.handle("p").result(timeout=10) == [0, 1, 2, 3, 4]
+
+
+async def test_the_idempotency_key_of_a_child_is_taken_for_seven_days(tmp_path: Path) -> None:
+    @workflow
+    async def parent(ctx: Context) -> int:
+        return await ctx.step.options(idempotency_key="once").run_workflow("child", double, 2)
+
+    async with engine(tmp_path, parent, double) as running:
+        assert await (await running.start(parent)).result(timeout=10) == 4
+    columns = [name for _, name, *_ in ask(tmp_path, "PRAGMA table_info(perdure_idempotency)")]
+    (row,) = (dict(zip(columns, row, strict=True)) for row in ask(tmp_path, "SELECT * FROM perdure_idempotency"))
+    (started,) = ask(tmp_path, "SELECT created_at FROM perdure_runs WHERE key = ?", row["run"])
+    assert 0 <= started[0] + 7 * 86_400_000_000 - row["expires_at"] < 60_000_000

@@ -52,6 +52,8 @@ from perdure.worker.watchdog import Watched
 log = logging.getLogger("perdure.worker")
 
 LANGUAGE: Final = "python" + ".".join(platform.python_version_tuple()[:2])
+KEY_LASTS: Final = 7 * 86_400_000_000
+"""Microseconds for which the idempotency key of a child is taken, as long as that of a start."""
 UNWIND_AFTER: Final = 1.0
 """Seconds after which a sync body that waits gives its thread back."""
 
@@ -392,6 +394,7 @@ class Shift:
             policy="" if given is None else policy_text(given),
             idempotency_scope=workflow,
             idempotency_key=idempotency_key,
+            idempotency_until=None if idempotency_key is None else now + KEY_LASTS,
         )
 
     def should_release(self, resident: Resident) -> bool:
