@@ -166,3 +166,49 @@ def test_an_outcome_is_not_dropped_before_the_commit_that_gave_its_step_up_is_ac
     assert (row.status, row.result) == ("completed", '"first"')
     assert sorted(began) == ["first", "second", "third"]
     service.close()
+
+
+def test_only_newer_mail_thrice_in_a_row_ends_a_run_with_unread_mail() -> None:
+    async def quick() -> str:
+        return "quick"
+
+    async def flow(ctx: Any) -> Any:
+        got = 0
+        while True:
+            await ctx.step.run(f"step {got}", quick)
+            try:
+                await ctx.step.wait_signal(f"wait {got}", name="go", timeout=0)
+            except TimeoutError:
+                return got
+            got += 1
+
+    service = serving(flow)
+    for count in range(8):
+        service.signal("run-1", "go", count)
+        service.flush()  # The end is refused: there is newer mail.
+        service.acknowledge()
+        service.read()
+        service.flush()  # The run went on instead, and its next step brings it to its end again.
+        service.acknowledge()
+    service.quiet()
+    row = service._rows()[1]
+    assert (row.status, row.result) == ("completed", "8")
+    assert not any(isinstance(event, ev.Ended) and event.unread for event in history(service))
+    service.close()
+
+
+def test_only_a_step_that_runs_longer_than_a_second_is_named_in_a_commit_of_its_own() -> None:
+    async def flow(ctx: Any) -> Any:
+        await ctx.step.run("slow", slow)
+
+    service = serving(flow)
+    service.quiet()
+    (resident,) = service.shift.residents.values()
+    named = []
+    for _ in range(3):
+        service.clock += SECOND // 2
+        resident.name_long_steps()
+        service.quiet()
+        named.append("slow" in service._rows()[1].waits)
+    assert named == [False, True, True]
+    service.close()

@@ -52,8 +52,8 @@ FORCED_AFTER: Final = 3
 """So often newer mail may send an ending run back; then it lists the rest as unread. Twice as often: it ends anyway."""
 FIRST_BACK_OFF: Final = 1_000_000
 LAST_BACK_OFF: Final = 300_000_000
-LONG_STEP: Final = 1.0
-"""Seconds after which a running step is put into `waits`, so that `why` can name it."""
+LONG_STEP: Final = 1_000_000
+"""Microseconds after which a running step is put into `waits`, so that `why` can name it."""
 NO_POLICY: Final = StartPolicy()
 RUNNING: Final = "running"
 WAITING: Final = "waiting"
@@ -751,7 +751,7 @@ class Resident:
                 self.shift.blocked(self)
             self.shift.dropped(self)
         else:
-            self.blocked_tries = 0
+            self.blocked_tries = self.more_mail = 0
             if self.unwanted and not self.open.events:
                 self.unwanted = []
             self._act(gathered)
@@ -872,6 +872,10 @@ class Resident:
     def name_long_steps(self) -> None:
         """Put steps that have run for a while into `waits`, by a commit without events."""
         if self.gone or self.flight is not None or self.rebuilding or self.play.over or not self.executions:
+            return
+        # One that has not begun yet, for want of room, is named too.
+        long_ago = self.shift.now() - LONG_STEP
+        if not any(e is not None and e.began <= long_ago for e in self.executions.values()):
             return
         waits = waits_of(self, RUNNING)
         if waits != self.written_waits:
