@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
 from perdure.core import events as ev
 from perdure.core import stored
 from perdure.runtime.registry import Workflow
@@ -211,4 +213,27 @@ def test_only_a_step_that_runs_longer_than_a_second_is_named_in_a_commit_of_its_
         service.quiet()
         named.append("slow" in service._rows()[1].waits)
     assert named == [False, True, True]
+    service.close()
+
+
+def test_an_end_that_is_refused_tells_nothing_of_exceptions_nobody_retrieved(caplog: pytest.LogCaptureFixture) -> None:
+    async def quick() -> str:
+        return "quick"
+
+    async def flow(ctx: Any) -> None:
+        async def fail() -> None:
+            raise ValueError("nobody looks")
+
+        task = asyncio.create_task(fail())
+        await ctx.step.run("a", quick)
+        assert task.done()
+
+    service = serving(flow)
+    service.signal("run-1", "late", 1)
+    service.quiet()
+    assert service._rows()[1].status == "completed"
+    assert service.sometimes["MoreMail"] == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "run run-1: an exception in a task was never retrieved"
+    ]
     service.close()

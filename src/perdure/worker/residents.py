@@ -816,6 +816,8 @@ class Resident:
         self.inbox = deque([*self.unwanted, *(item for item in self.inbox if not isinstance(item, Mail))])
         self.unwanted = []
         times = {event.message: event.at for event, _ in inputs if hasattr(event, "message")}
+        # What is thrown away has not happened: nothing is logged of it.
+        self.play.line.replaying = True
         self.play.close()
         self.open = Gathered()
         self.retrying.clear()
