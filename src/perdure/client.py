@@ -217,7 +217,13 @@ class Core:
         for futures in self.waiting.values():
             for future in futures:
                 if not future.done():
-                    future.cancel()
+                    # Not a cancellation: whoever waits was not cancelled, and a task group would swallow it.
+                    future.set_exception(
+                        RuntimeError(
+                            "The client was closed while a result was awaited. The run goes on without it. Ask again "
+                            "with another client."
+                        )
+                    )
 
     # --- reading and writing ---
 

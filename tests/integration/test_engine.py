@@ -687,3 +687,22 @@ async def test_a_function_that_was_abandoned_takes_no_thread_from_others_and_one
     finally:
         end.set()
     assert began == ["first"]
+
+
+async def test_who_waits_for_a_result_is_told_that_the_engine_was_closed(tmp_path: Path) -> None:
+    async with engine(tmp_path, waiting) as it:
+        asked = asyncio.ensure_future((await it.start(waiting)).result())
+        await asyncio.sleep(0)
+        await it.counts()
+    with pytest.raises(RuntimeError, match="was closed while a result was awaited"):
+        await asked
+
+
+async def test_a_workflow_is_no_function_of_a_step(tmp_path: Path) -> None:
+    @workflow
+    async def confused(ctx: Context) -> None:
+        await ctx.step.run("child", waiting)
+
+    async with engine(tmp_path, confused) as it:
+        with pytest.raises(RunFailed, match="run_workflow"):
+            await (await it.start(confused)).result(timeout=20)

@@ -234,6 +234,11 @@ def local(
     id: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, limits: Limits, site: str
 ) -> Op:
     """A step that runs here."""
+    if isinstance(fn, Workflow):
+        raise TypeError(
+            f'ctx.step.run("{id}", …) got the workflow {fn.name}, which is no function of a step. A workflow needs a '
+            "run of its own. Start it as a child, with ctx.step.run_workflow."
+        )
     if not callable(fn):
         raise TypeError(
             f'ctx.step.run("{id}", …) got {fn!r}, which cannot be called. Its second argument is the function to '
