@@ -701,7 +701,7 @@ async def test_who_waits_for_a_result_is_told_that_the_engine_was_closed(tmp_pat
 async def test_a_workflow_is_no_function_of_a_step(tmp_path: Path) -> None:
     @workflow
     async def confused(ctx: Context) -> None:
-        await ctx.step.run("child", waiting)
+        await ctx.step.run("child", waiting)  # type: ignore[call-overload]  # the mistake under test
 
     async with engine(tmp_path, confused) as it:
         with pytest.raises(RunFailed, match="run_workflow"):
