@@ -82,7 +82,8 @@ class Follower:
             for step in self._steps.by_id.values():
                 self._print(f"  = {_words(step)}", "dim")
             return row
-        for text in texts:
+        # A look that was given up may have taken some of these meanwhile.
+        for text in texts[self._steps.taken - taken :]:
             for step in self._steps.take([stored.decode(text)]):
                 self._print(f"  {_SIGNS.get(step.state, '.')} {_words(step)}", _STYLES.get(step.state, ""))
         return row
