@@ -121,13 +121,11 @@ class Resident:
     """See the module. Made by a start of this process, or for a claimed run."""
 
     __slots__ = (
-        "acked_turn",
         "blocked_tries",
         "deadlines",
         "epoch",
         "executions",
         "flight",
-        "forced",
         "gone",
         "history_warned",
         "inbox",
@@ -135,7 +133,6 @@ class Resident:
         "key",
         "known_mail",
         "last",
-        "long_steps",
         "more_mail",
         "open",
         "parent",
@@ -143,10 +140,8 @@ class Resident:
         "play",
         "policy",
         "pumping",
-        "queue",
         "rebuilding",
         "retrying",
-        "row_id",
         "seed",
         "seq",
         "shift",
@@ -155,7 +150,6 @@ class Resident:
         "timer_at",
         "unwanted",
         "version",
-        "wait_since",
         "wake_at",
         "workflow",
         "written_waits",
@@ -200,14 +194,12 @@ class Resident:
         self.deadlines: dict[str, int] = {}
         self.known_mail: set[str] = set()
         self.more_mail = 0
-        self.forced = False
         self.blocked_tries = 0
         self.history_warned = False
         self.gone = False
         self.pumping = False
         self.rebuilding = True
         self.timer_at: int | None = None
-        self.long_steps = False
         self.workflow = shift.registry.workflows[this.workflow]
         self.play = self._new_play()
 
@@ -747,8 +739,6 @@ class Resident:
         if turn.closing:
             self.shift.ended(self, turn)
         elif turn.release:
-            if turn.status == "blocked":
-                self.shift.blocked(self)
             self.shift.dropped(self)
         else:
             self.blocked_tries = self.more_mail = 0

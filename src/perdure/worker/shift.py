@@ -465,9 +465,6 @@ class Shift:
         log.debug("run %s: its lease was lost, it is dropped", resident.this.id)
         self.dropped(resident)
 
-    def blocked(self, resident: Resident) -> None:
-        """A run was written as blocked; whoever waits here for its result is told once, in the log."""
-
     def read_again(self, resident: Resident, then: Callable[[Sequence[ev.Event], Sequence[Mail]], None]) -> None:
         """History and mailbox of a run, read outside the loop."""
 
