@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -62,6 +61,7 @@ from perdure.core.turn import (
     Turn,
 )
 from perdure.info import Event, RunInfo, RunPage, events_of, info_of
+from perdure.runtime import entropy
 from perdure.runtime.registry import Registry, Workflow
 from perdure.stores.contract import Store
 from perdure.stores.opening import open_store
@@ -112,6 +112,25 @@ class Ending:
     status: str
     result: str | None
     error: str | None
+
+
+class _Starting:
+    """A start on its way into the store. shift: of the worker that owns the run from its start, if it is this one."""
+
+    __slots__ = ("event", "future", "shift", "start")
+
+    def __init__(self, shift: Shift | None, start: Start, event: ev.Started, future: asyncio.Future[Any]) -> None:
+        self.shift = shift
+        self.start = start
+        self.event = event
+        self.future = future
+
+    def answered(self, verdict: Any) -> None:
+        """The verdict, or what went wrong: the run begins before its starter goes on."""
+        if not self.future.done():
+            self.future.set_result(verdict)
+        if self.shift is not None and isinstance(verdict, Begun):
+            self.shift.begun(self.start, self.event, verdict.run, id=verdict.id, version=verdict.version, at=verdict.at)
 
 
 class Core:
@@ -262,6 +281,18 @@ class Core:
         add(self.committer, answer)
         self.kick()
         verdict = await future
+        if isinstance(verdict, PerdureError):
+            raise verdict
+        return verdict
+
+    async def started(self, start: Start, event: ev.Started) -> Any:
+        """Write a start with the next batch and wait for its verdict; what this process owns begins at once."""
+        assert self.loop is not None
+        assert self.committer is not None
+        starting = _Starting(self.shift if start.owner is not None else None, start, event, self.loop.create_future())
+        self.committer.start(start, starting.answered)
+        self.kick()
+        verdict = await starting.future
         if isinstance(verdict, PerdureError):
             raise verdict
         return verdict
@@ -434,7 +465,13 @@ class Client:
         core = self._core
         if not core.ready:
             await core.open()
-        target, name, input, queue, timeout = await self._prepared(workflow, args, kwargs)
+        target = core.registry.workflows.get(workflow.name) if isinstance(workflow, Workflow) else None
+        if target is not None and target is workflow:
+            # Served here: nothing to look up.
+            name, queue, timeout = target.name, target.queue, target.timeout
+            input = target.signature.encode(args, kwargs, limits=core.limits)
+        else:
+            target, name, input, queue, timeout = await self._prepared(workflow, args, kwargs)
         options = self._options
         store = core.store
         now = store.now()
@@ -448,7 +485,8 @@ class Client:
         if options.timeout is not None:
             timeout = options.timeout
         begins = start_at if start_at is not None else now
-        seed = secrets.token_hex(16)
+        drawn = entropy.drawn(26)
+        seed = drawn[:16].hex()
         queue = options.queue if options.queue is not None else queue
         shift = core.shift
         owner: str | None = None
@@ -462,15 +500,16 @@ class Client:
         ):
             owner = shift.incarnation
         text = input.decode()
+        started = ev.Started(at=begins, seed=seed)
         key = options.idempotency_key
         start = Start(
             namespace=core.namespace,
-            id=options.id if options.id is not None else sortable_id(now, secrets.randbits(80)),
+            id=options.id if options.id is not None else sortable_id(now, int.from_bytes(drawn[16:], "big")),
             workflow=name,
             input=text,
             digest=codec.digest128(input),
             seed=seed,
-            event=stored.encode(ev.Started(at=begins, seed=seed)),
+            event=stored.encode(started),
             queue=queue,
             start_at=start_at,
             deadline_at=None if timeout is None else begins + micros(timeout),
@@ -482,7 +521,7 @@ class Client:
             language=LANGUAGE,
         )
         returns = target.returns if target is not None else _ANY
-        verdict = await core.write(lambda committer, answer: committer.start(start, self._owning(start, answer)))
+        verdict = await core.started(start, started)
         if isinstance(verdict, (Begun, Existing)):
             return RunHandle(core, verdict.id, returns, key=verdict.run)
         if isinstance(verdict, Taken):
@@ -491,19 +530,6 @@ class Client:
         there = await core.read(lambda: store.run(core.namespace, verdict.id))
         differs = "workflow" if there is not None and there.workflow != name else "input"
         raise IdempotencyConflict(verdict.key or verdict.id, run_id=verdict.id, differs=differs)
-
-    def _owning(self, start: Start, answer: Callable[[Any], None]) -> Callable[[Any], None]:
-        """The answer to a start: what this process owns begins at once, before the caller goes on."""
-        if start.owner is None:
-            return answer
-
-        def answered(verdict: Any) -> None:
-            answer(verdict)
-            shift = self._core.shift
-            if isinstance(verdict, Begun) and shift is not None:
-                shift.begun(start, verdict.run, id=verdict.id, version=verdict.version, at=verdict.at)
-
-        return answered
 
     async def _prepared(
         self, workflow: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -692,7 +718,7 @@ class RunHandle(Generic[R]):
         own = type(value) if hasattr(type(value), "__annotations__") else Any
         data = codec.encode(value, annotation=own, what=what, limits=self._core.limits)
         if message_id is None:
-            message_id = secrets.token_hex(12)
+            message_id = entropy.drawn(12).hex()
         else:
             check_message_id(message_id)
         await self._send(
@@ -743,7 +769,7 @@ class RunHandle(Generic[R]):
                     row,
                     "terminated",
                     reason=reason,
-                    turn_id=f"{secrets.token_hex(16)}-1",
+                    turn_id=f"{entropy.drawn(16).hex()}-1",
                 )
             )
             verdict = await core.write(functools.partial(_add_turn, turn))

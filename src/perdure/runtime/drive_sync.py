@@ -116,19 +116,20 @@ class SyncDriver:
     def start(self, body: Callable[[], Any], *, generator: bool = False) -> None:
         self._body = body
 
-    def run(self) -> None:
-        """Let the body go on until it rests: while its wait is resolved, or a cancellation is due."""
+    def run(self) -> bool:
+        """Let the body go on until it rests: while its wait is resolved, or it is to be cancelled; whether it is over."""
         if self._over or self.suspended:
-            return
+            return self._over
         if not self._started:
             if self._body is None:
-                return
+                return False
             self._started = True
             self.threads.run(self._main)
             self._to_driver.acquire()
         while self._can_go_on():
             self._to_body.put(None)
             self._to_driver.acquire()
+        return self._over
 
     def _can_go_on(self) -> bool:
         return not self._over and self.executing is None and self._resolved()

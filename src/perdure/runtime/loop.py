@@ -21,7 +21,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final, NoReturn
 
 from perdure.core.errors import NeverRests
-from perdure.core.match import CANCELLED, Line, Op
+from perdure.core.match import CANCELLED, DONE, Line, Op
 from perdure.core.retry import LONGEST
 
 log = logging.getLogger("perdure.runtime")
@@ -90,11 +90,13 @@ class StepWait:
 
     def cancel(self, msg: Any = None) -> bool:
         """Give the step up; False if it has ended."""
-        if self.given_up is not None or self.op.over:
+        op = self.op
+        if self.given_up is not None or op.state >= DONE:
             return False
-        self.loop.line.cancel(self.op)
+        self.loop.line.cancel(op)
         self.given_up = () if msg is None else (msg,)
-        if not self.op.over and self._callback is not None:
+        if op.state < DONE and self._callback is not None:
+            # The line is dead: only the task that waits hears of it.
             self.loop.ready.append(self)
         return True
 

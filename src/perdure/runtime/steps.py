@@ -6,17 +6,18 @@ they wait for it. The specs here are the runtime's half of an `Op`.
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import hashlib
+import inspect
 import os
 import sys
-import weakref
 from collections.abc import Callable, Mapping
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import FunctionType
 from typing import Any, Final
+from weakref import ref
 
 import msgspec
 from msgspec import Raw
@@ -60,10 +61,11 @@ class Policy:
     """How a step's function is tried, and how its outcome is read: the same for every call of it without options."""
 
     # Not the function itself: what is remembered of it must not keep it.
-    __slots__ = ("__weakref__", "name", "raises", "retry", "returns", "timeout", "total_timeout")
+    __slots__ = ("__weakref__", "name", "on_loop", "raises", "retry", "returns", "timeout", "total_timeout")
 
     def __init__(self, fn: Any, options: Options) -> None:
         own: Any = fn if isinstance(fn, Activity) else _Plain
+        self.on_loop = is_async(fn.fn if isinstance(fn, Activity) else fn)
         self.name = name_of(fn)
         self.retry: Retry = options.retry or own.retry
         self.timeout: timedelta | None = options.timeout if options.timeout is not None else own.timeout
@@ -86,23 +88,27 @@ class _Plain:
     raises: tuple[type[BaseException], ...] = ()
 
 
-_policies: weakref.WeakKeyDictionary[Any, Policy] = weakref.WeakKeyDictionary()
+_policies: Final[dict[ref[Any], Policy]] = {}
 
 
 def policy_of(fn: Any, options: Options) -> Policy:
     """The policy of a step's function; remembered for functions and activities that are called without options."""
     if options is not NO_OPTIONS or type(fn) not in (FunctionType, Activity):
         return Policy(fn, options)
-    known = _policies.get(fn)
+    known = _policies.get(ref(fn))
     if known is None:
-        known = _policies[fn] = Policy(fn, options)
+        known = _policies[ref(fn, _forget)] = Policy(fn, options)
     return known
+
+
+def _forget(fn: ref[Any]) -> None:
+    _policies.pop(fn, None)
 
 
 class LocalCall:
     """A step's function with its arguments and policy, to be executed in this process."""
 
-    __slots__ = ("args", "context", "fn", "kwargs", "limits", "raises", "retry", "returns", "timeout", "total_timeout")
+    __slots__ = ("args", "context", "fn", "kwargs", "limits", "policy")
 
     def __init__(
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], policy: Policy, limits: Limits
@@ -110,23 +116,21 @@ class LocalCall:
         self.fn = fn
         self.args = args
         self.kwargs = kwargs
-        self.retry = policy.retry
-        self.timeout = policy.timeout
-        self.total_timeout = policy.total_timeout
-        self.returns = policy.returns
-        self.raises = policy.raises
+        self.policy = policy
         self.limits = limits
-        self.context = contextvars.copy_context()
+        self.context = copy_context()
 
     def encode(self, value: Any, step: str) -> tuple[bytes, Any]:
         """The stored result of the function, and what the code will see of it."""
-        return self.returns.roundtrip(value, f'the result of step "{step}"', self.limits)
+        limits = self.limits
+        plan = self.policy.returns
+        return plan.quickly(value, limits) or plan.roundtrip(value, f'the result of step "{step}"', limits)
 
     def decode(self, raw: Raw) -> Any:
-        return self.returns.decode(bytes(raw), "the step's result")
+        return self.policy.returns.decode(bytes(raw), "the step's result")
 
     def fail(self, step: str, event: Any) -> BaseException:
-        return failure.raised(event.error, step, self.raises, attempts=event.attempt)
+        return failure.raised(event.error, step, self.policy.raises, attempts=event.attempt)
 
 
 class Length:
@@ -203,6 +207,15 @@ def call_site(depth: int) -> str:
     return f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
+def is_async(fn: Any) -> bool:
+    """Whether calling this gives a coroutine, as far as can be seen from outside."""
+    target = fn
+    while isinstance(target, functools.partial):
+        target = target.func
+    target = getattr(target, "__func__", target)
+    return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(getattr(target, "__call__", None))  # noqa: B004
+
+
 @functools.lru_cache(maxsize=4096)
 def _short(path: str) -> str:
     """A source file as people name it: relative to the working directory if below it, else its last two parts."""
@@ -234,7 +247,7 @@ def local(
     id: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, limits: Limits, site: str
 ) -> Op:
     """A step that runs here."""
-    if isinstance(fn, Workflow):
+    if type(fn) is not FunctionType and isinstance(fn, Workflow):
         raise TypeError(
             f'ctx.step.run("{id}", …) got the workflow {fn.name}, which is no function of a step. A workflow needs a '
             "run of its own. Start it as a child, with ctx.step.run_workflow."

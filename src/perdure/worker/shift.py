@@ -131,6 +131,7 @@ class Shift:
         )
         self.ended_run = ended_run
         self.lease_sure = False
+        self.answered_at = 0
         self.watched = Watched()
         # Each is counted by one thread: what was claimed by the watcher, what was received of it by the loop.
         self.claiming = 0
@@ -289,7 +290,7 @@ class Shift:
         if activity is not None:
             activity.leave()
 
-    def begun(self, start: Start, key: int, *, id: str, version: int, at: int) -> None:
+    def begun(self, start: Start, started: ev.Started, key: int, *, id: str, version: int, at: int) -> None:
         """A start of this process was written with this incarnation as its owner: no claim, no history to read."""
         if self.closed or start.owner != self.incarnation or key in self.residents:
             return
@@ -307,7 +308,7 @@ class Shift:
         )
         resident = Resident(self, this, key=key, epoch=1, version=version, last="", seed=start.seed, input=start.input)
         self.residents[key] = resident
-        resident.begin([stored.decode(start.event)], ())
+        resident.live(started)
 
     def _answer(self, answers: list[tuple[Callable[[Any], None], Any]], mail: Sequence[Mail]) -> None:
         self._soon(self._answered, answers, mail)
@@ -315,6 +316,7 @@ class Shift:
     def _answered(self, answers: list[tuple[Callable[[Any], None], Any]], mail: Sequence[Mail]) -> None:
         # Asked once for all steps that begin now: the margin is seconds, this is microseconds.
         self.lease_sure = self.heartbeat is not None and self.heartbeat.valid
+        self.answered_at = self.now()
         for answer, verdict in answers:
             answer(verdict)
         self.lease_sure = False
@@ -533,8 +535,12 @@ class Shift:
         if self.lease_sure and not self.draining and self.executing < self.settings.concurrency:
             self.executing += 1
             execution.counted = True
-            execution.began = self.now()
-            self._execute(resident, op, execution)
+            execution.began = self.answered_at
+            policy = execution.call.policy
+            if policy.on_loop and policy.timeout is None:
+                self.executor.begin(execution)
+            else:
+                self._execute(resident, op, execution)
         else:
             self.admit(execution, lambda: self._execute(resident, op, execution))
 
@@ -561,10 +567,11 @@ class Shift:
 
     def _execute(self, resident: Resident, op: Op, execution: Execution) -> None:
         call = execution.call
-        if call.timeout is not None:
-            execution.timer = self.loop.call_later(call.timeout.total_seconds(), self._out_of_time, resident, execution)
+        timeout = call.policy.timeout
+        if timeout is not None:
+            execution.timer = self.loop.call_later(timeout.total_seconds(), self._out_of_time, resident, execution)
         driver = resident.play.driver
-        if isinstance(driver, SyncDriver) and driver.may_execute(op) and not self.executor.on_loop(call.fn):
+        if not call.policy.on_loop and isinstance(driver, SyncDriver) and driver.may_execute(op):
             driver.execute(op, self.executor.job(execution, lambda: driver.finished(op)))
         else:
             self.executor.begin(execution)
@@ -575,8 +582,7 @@ class Shift:
         if resident.executions.get(execution.step) is execution:
             del resident.executions[execution.step]
         if not resident.gone:
-            assert execution.call.timeout is not None
-            message = f"Attempt {execution.attempt} took longer than its timeout of {execution.call.timeout}."
+            message = f"Attempt {execution.attempt} took longer than its timeout of {execution.call.policy.timeout}."
             resident.outcome(Outcome(execution.step, execution.attempt, error=out_of_time(message)))
 
     def abandon(self, execution: Execution) -> None:
