@@ -117,7 +117,7 @@ class SyncDriver:
         self._body = body
 
     def run(self) -> bool:
-        """Let the body go on until it rests: its wait is not resolved, it is not to be cancelled. Whether it is over."""
+        """Let the body go on until it rests: it waits, and is not to be cancelled. Whether it is over."""
         if self._over or self.suspended:
             return self._over
         if not self._started:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, Final
@@ -31,6 +32,7 @@ class Committer:
     """See the module. `answer` hands a list of (callback, verdict) and new mail to the loop that waits for them.
 
     incarnation: whose mail is read after a batch that kept messages for runs it may own; None: nobody's.
+    One thread adds and one flushes; they may be two, and need no lock between them.
     """
 
     def __init__(
@@ -42,34 +44,37 @@ class Committer:
         owns: Callable[[int], bool] = lambda run: False,
     ) -> None:
         self.store = store
-        self.unanswered = 0
         self._answer = answer
         self._incarnation = incarnation
         self._owns = owns
-        self._lock = threading.Lock()
-        self._starts: list[tuple[Start, Answer]] = []
-        self._sends: list[tuple[Send, Answer]] = []
-        self._turns: list[tuple[Turn, Answer]] = []
+        self._starts: deque[tuple[Start, Answer]] = deque()
+        self._sends: deque[tuple[Send, Answer]] = deque()
+        self._turns: deque[tuple[Turn, Answer]] = deque()
+        # Each is counted by one thread: what was added by the one, what was answered by the other.
+        self._added = 0
+        self._answered = 0
         self.trouble: StoreError | None = None
         self.tries = 0
 
     def start(self, start: Start, answer: Answer) -> None:
         """Write a new run with the next batch."""
-        with self._lock:
-            self.unanswered += 1
-            self._starts.append((start, answer))
+        self._added += 1
+        self._starts.append((start, answer))
 
     def send(self, send: Send, answer: Answer) -> None:
         """Write a message with the next batch."""
-        with self._lock:
-            self.unanswered += 1
-            self._sends.append((send, answer))
+        self._added += 1
+        self._sends.append((send, answer))
 
     def turn(self, turn: Turn, answer: Answer) -> None:
         """Write a turn with the next batch; one that meets trouble is kept and tried again."""
-        with self._lock:
-            self.unanswered += 1
-            self._turns.append((turn, answer))
+        self._added += 1
+        self._turns.append((turn, answer))
+
+    @property
+    def unanswered(self) -> int:
+        """How many items wait to be written, or for their answer."""
+        return self._added - self._answered
 
     @property
     def waiting(self) -> bool:
@@ -102,8 +107,7 @@ class Committer:
             mail = ()
         self.trouble = None
         self.tries = 0
-        with self._lock:
-            self.unanswered -= len(items)
+        self._answered += len(items)
         self._answer(list(zip(items, verdicts, strict=True)), mail)
         return True
 
@@ -113,21 +117,23 @@ class Committer:
         starts: list[tuple[Start, Answer]] = []
         later: list[tuple[Start, Answer]] = []
         ids: set[tuple[str, ...]] = set()
-        with self._lock:
-            turns, self._turns = self._turns[:MOST], self._turns[MOST:]
-            sends, self._sends = self._sends[:MOST], self._sends[MOST:]
-            for item in self._starts:
-                start = item[0]
-                names: set[tuple[str, ...]] = {("id", start.namespace, start.id)}
-                if start.idempotency_key is not None:
-                    names.add(("key", start.namespace, start.idempotency_scope, start.idempotency_key))
-                if len(starts) >= MOST or ids & names:
-                    # Two of one id or key are settled one after the other.
-                    later.append(item)
-                else:
-                    ids |= names
-                    starts.append(item)
-            self._starts = later
+        turns = [self._turns.popleft() for _ in range(min(len(self._turns), MOST))]
+        sends = [self._sends.popleft() for _ in range(min(len(self._sends), MOST))]
+        for _ in range(len(self._starts)):
+            if len(starts) >= MOST:
+                break
+            item = self._starts.popleft()
+            start = item[0]
+            names: list[tuple[str, ...]] = [(start.namespace, start.id)]
+            if start.idempotency_key is not None:
+                names.append((start.namespace, start.idempotency_scope, start.idempotency_key))
+            if ids.isdisjoint(names):
+                ids.update(names)
+                starts.append(item)
+            else:
+                # Two of one id or key are settled one after the other.
+                later.append(item)
+        self._starts.extendleft(reversed(later))
         return starts, sends, turns
 
     def _mail_for(self, sent: Sequence[Verdict], batch: Batch) -> Sequence[Mail]:
@@ -156,9 +162,8 @@ class Committer:
         if self.tries == 1:
             log.error("the store refused a batch, turns are kept and tried again: %s", error)
         # A caller is told; a turn is kept, because its run's work would be lost with it.
-        with self._lock:
-            self._turns[:0] = turns
-            self.unanswered -= len(starts) + len(sends)
+        self._turns.extendleft(reversed(turns))
+        self._answered += len(starts) + len(sends)
         self._answer([(answer, error) for _, answer in (*starts, *sends)], ())
 
 

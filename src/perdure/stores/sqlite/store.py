@@ -71,6 +71,7 @@ class SQLiteStore:
 
     url: str
     durability: str
+    now: Callable[[], int]  # itself the clock: it is asked at every input
 
     def __init__(
         self,
@@ -93,6 +94,7 @@ class SQLiteStore:
         self.durability = connections.CLASSES[durability]
         self._path: Final = os.path.realpath(given)
         self._clock: Final = clock or _system_clock
+        self.now = self._clock
         self._busy_timeout: Final = busy_timeout
         self._synchronous: Final = durability
         self._hints: Final = hints
@@ -118,9 +120,6 @@ class SQLiteStore:
         except BaseException:
             self.close()
             raise
-
-    def now(self) -> int:
-        return self._clock()
 
     # --- writing ---
 
