@@ -209,6 +209,10 @@ class Core:
 
     def _answer(self, answers: list[tuple[Callable[[Any], None], Any]], mail: Sequence[Mail]) -> None:
         assert self.loop is not None
+        if _get_running_loop() is self.loop:
+            # The loop itself has written it.
+            self._answered(answers)
+            return
         try:
             self.loop.call_soon_threadsafe(self._answered, answers)
         except RuntimeError:

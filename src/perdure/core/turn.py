@@ -133,11 +133,16 @@ class Turn(_Fact, frozen=True, kw_only=True):
 
 
 class Batch(_Fact, frozen=True, kw_only=True):
-    """What one process writes in one transaction. No two starts in it share an id or an idempotency key."""
+    """What one process writes in one transaction. No two starts in it share an id or an idempotency key.
+
+    by: the incarnation that writes, if it looks for mail to its own runs by itself, right after: nobody else waits
+        for such mail, so nobody is woken for it.
+    """
 
     starts: Sequence[Start] = ()
     sends: Sequence[Send] = ()
     turns: Sequence[Turn] = ()
+    by: str | None = None
 
 
 class Claim(_Fact, frozen=True, kw_only=True):

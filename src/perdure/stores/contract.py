@@ -69,6 +69,9 @@ class Store(Protocol):
     def write(self, batch: Batch) -> list[Verdict]:
         """Write one batch in one transaction (promises 1 to 6)."""
 
+    def write_at_once(self, batch: Batch) -> list[Verdict]:
+        """As `write`, but `StoreLocked` instead of waiting for anybody else who is writing, or for a network."""
+
     def claim(self, claim: Claim) -> list[Head]:
         """Take runs, most urgent first (the greatest priority), oldest first among equals (promise 7)."""
 

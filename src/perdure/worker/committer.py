@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, Final
 
-from perdure.core.errors import PerdureError, StoreError
+from perdure.core.errors import PerdureError, StoreError, StoreLocked
 from perdure.core.turn import Batch, Kept, Mail, Send, Start, Turn, Verdict
 from perdure.stores.contract import Store
 
@@ -26,6 +26,11 @@ Answer = Callable[[Any], None]
 
 MOST: Final = 1000
 """Items in one batch: enough to share an fsync, few enough that the first does not wait for the last."""
+
+
+FEW: Final = 4
+QUICKLY: Final = 0.001
+"""Seconds: what the loop of a process may be held up by a batch that it writes itself."""
 
 
 class Committer:
@@ -53,6 +58,8 @@ class Committer:
         # Each is counted by one thread: what was added by the one, what was answered by the other.
         self._added = 0
         self._answered = 0
+        self.took = QUICKLY
+        """Seconds that small batches took lately."""
         self.trouble: StoreError | None = None
         self.tries = 0
 
@@ -81,15 +88,36 @@ class Committer:
         """Whether there is something to write."""
         return bool(self._turns or self._starts or self._sends)
 
-    def flush(self) -> bool:
-        """Write one batch of what is waiting; False if it met trouble, and turns wait for another try."""
+    @property
+    def few(self) -> bool:
+        """Whether so little waits, and has been written so quickly, that handing it to a thread would take longer."""
+        return self.took < QUICKLY and len(self._turns) + len(self._starts) + len(self._sends) <= FEW
+
+    def flush(self, *, at_once: bool = False) -> bool:
+        """Write one batch of what is waiting; False if it met trouble, and turns wait for another try.
+
+        at_once: only if nobody else is writing just now; else False, and everything waits as before.
+        """
         starts, sends, turns = self._gather()
+        began = time.monotonic()
         batch = Batch(
-            starts=[start for start, _ in starts], sends=[send for send, _ in sends], turns=[turn for turn, _ in turns]
+            starts=[start for start, _ in starts],
+            sends=[send for send, _ in sends],
+            turns=[turn for turn, _ in turns],
+            by=self._incarnation(),
         )
         items = [*(answer for _, answer in starts), *(a for _, a in sends), *(a for _, a in turns)]
         try:
-            verdicts: list[Verdict] = self.store.write(batch)
+            verdicts: list[Verdict] = self.store.write_at_once(batch) if at_once else self.store.write(batch)
+        except StoreLocked as error:
+            if at_once:
+                self._starts.extendleft(reversed(starts))
+                self._sends.extendleft(reversed(sends))
+                self._turns.extendleft(reversed(turns))
+                self.took = QUICKLY
+            else:
+                self._troubled(error, starts, sends, turns)
+            return False
         except PerdureError as error:
             self._troubled(error, starts, sends, turns)
             return False
@@ -107,6 +135,8 @@ class Committer:
             mail = ()
         self.trouble = None
         self.tries = 0
+        if len(items) <= FEW:
+            self.took += (time.monotonic() - began - self.took) / 4
         self._answered += len(items)
         self._answer(list(zip(items, verdicts, strict=True)), mail)
         return True
@@ -141,14 +171,19 @@ class Committer:
         incarnation = self._incarnation()
         if incarnation is None:
             return ()
-        if any(isinstance(verdict, Kept) and self._owns(verdict.run) for verdict in sent) or any(
-            turn.sends and any(self._concerns(send) for send in turn.sends) for turn in batch.turns
-        ):
-            return self.store.mail(incarnation)
-        return ()
-
-    def _concerns(self, send: Send) -> bool:
-        return not isinstance(send.to, int) or self._owns(send.to)
+        targets = [verdict.run for verdict in sent if isinstance(verdict, Kept)]
+        named = False
+        for turn in batch.turns:
+            for send in turn.sends:
+                if isinstance(send.to, int):
+                    targets.append(send.to)
+                else:
+                    named = True
+        here = [run for run in targets if self._owns(run)]
+        if len(here) < len(targets):
+            # Not ours, or claimed this moment and not here yet: the watcher looks.
+            self.store.wake()
+        return self.store.mail(incarnation) if here or named else ()
 
     def _troubled(
         self,
@@ -168,17 +203,29 @@ class Committer:
 
 
 class CommitterThread:
-    """Calls `flush` when there is something to write; `kick` says so."""
+    """Calls `flush` when there is something to write; `kick` says so.
+
+    Waking a thread and being woken by it takes as long as a commit on a quick disk. So where little waits, nobody
+    else is writing, and the last such batches were quick, the one who kicks writes it himself.
+    """
 
     def __init__(self, committer: Committer) -> None:
         self.committer = committer
         self._wanted: SimpleQueue[None] = SimpleQueue()
         self._stopping = False
+        self._flushing = threading.Lock()
         self._thread = threading.Thread(target=self._serve, name="perdure-committer", daemon=True)
         self._thread.start()
 
     def kick(self) -> None:
-        """Something was added. Cheap, from any thread, as often as you like."""
+        """Something was added; from the thread that adds, as often as you like."""
+        committer = self.committer
+        if committer.few and self._flushing.acquire(blocking=False):
+            try:
+                if committer.waiting and committer.flush(at_once=True):
+                    return
+            finally:
+                self._flushing.release()
         self._wanted.put(None)
 
     def stop(self, timeout: float = 10) -> None:
@@ -191,7 +238,9 @@ class CommitterThread:
         while True:
             self._wanted.get()
             while self.committer.waiting:
-                if not self.committer.flush():
+                with self._flushing:
+                    written = self.committer.flush()
+                if not written:
                     # 50 ms doubling to 5 s: a store in trouble is not hammered.
                     pause = min(0.05 * 2 ** min(self.committer.tries, 10), 5.0)
                     deadline = time.monotonic() + pause

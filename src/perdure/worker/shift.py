@@ -7,6 +7,7 @@ simulation; they hand what they found to `received` and `answered` here.
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import itertools
 import logging
@@ -311,7 +312,11 @@ class Shift:
         resident.live(started)
 
     def _answer(self, answers: list[tuple[Callable[[Any], None], Any]], mail: Sequence[Mail]) -> None:
-        self._soon(self._answered, answers, mail)
+        if _get_running_loop() is self.loop:
+            # The loop itself has written it.
+            self._answered(answers, mail)
+        else:
+            self._soon(self._answered, answers, mail)
 
     def _answered(self, answers: list[tuple[Callable[[Any], None], Any]], mail: Sequence[Mail]) -> None:
         # Asked once for all steps that begin now: the margin is seconds, this is microseconds.
@@ -607,6 +612,7 @@ class _Random:
         return self._system.random()
 
 
+_get_running_loop = asyncio._get_running_loop
 _system_random: Final = _Random()
 
 

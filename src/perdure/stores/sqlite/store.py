@@ -124,9 +124,15 @@ class SQLiteStore:
     # --- writing ---
 
     def write(self, batch: Batch) -> list[Verdict]:
+        return self._written(batch, at_once=False)
+
+    def write_at_once(self, batch: Batch) -> list[Verdict]:
+        return self._written(batch, at_once=True)
+
+    def _written(self, batch: Batch, *, at_once: bool) -> list[Verdict]:
         for judged, singly in ((False, False), (True, False), (True, True)):
             try:
-                with self._transaction() as db:
+                with self._transaction(at_once=at_once) as db:
                     writing = Writing(db, self._clock(), judged=judged, singly=singly)
                     verdicts = writing.write(batch)
             except Short as short:
@@ -433,7 +439,7 @@ class SQLiteStore:
                 "reading does not create them. Check the path, or start a run or a worker first.",
                 store=self.url,
             )
-        with self._gate(), ours(self.url):
+        with self._gate(self._busy_timeout), ours(self.url):
             db = self._opened_writer()
             mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
             if mode != "wal":
@@ -445,10 +451,10 @@ class SQLiteStore:
             migrations.migrate(db, self.url, self._clock())
 
     @contextmanager
-    def _gate(self) -> Iterator[None]:
+    def _gate(self, patience: float) -> Iterator[None]:
         gate = self._place.gate
         try:
-            entered = gate.enter(time.monotonic() + self._busy_timeout)
+            entered = gate.enter(time.monotonic() + patience)
         except OSError as error:
             raise StoreUnavailable(
                 f"The store {self.url} cannot be written. Beside it {gate.path} cannot be used: {error.strerror}. "
@@ -456,17 +462,17 @@ class SQLiteStore:
                 store=self.url,
             ) from error
         if not entered:
-            raise locked(self.url, self._busy_timeout)
+            raise locked(self.url, patience)
         try:
             yield
         finally:
             gate.leave()
 
     @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        """One write transaction: all of the block, or nothing of it."""
+    def _transaction(self, *, at_once: bool = False) -> Iterator[Connection]:
+        """One write transaction: all of the block, or nothing of it. at_once: `StoreLocked` instead of waiting."""
         self._check_open()
-        with self._gate(), ours(self.url):
+        with self._gate(0.0 if at_once else self._busy_timeout), ours(self.url):
             if not self._place.is_there():
                 raise StoreUnavailable(
                     f"The store {self.url} is not where it was: its file was moved, removed or replaced. Nothing was "
@@ -475,7 +481,13 @@ class SQLiteStore:
                 )
             db = self._opened_writer()
             try:
-                db.execute("BEGIN IMMEDIATE")
+                if at_once:
+                    db.execute("PRAGMA busy_timeout = 0")
+                try:
+                    db.execute("BEGIN IMMEDIATE")
+                finally:
+                    if at_once:
+                        db.execute(f"PRAGMA busy_timeout = {int(self._busy_timeout * 1000)}")
                 yield db
                 db.execute("COMMIT")
             except BaseException:

@@ -119,6 +119,10 @@ WHERE run.key = sent.run
     ))
 ON CONFLICT (run, id) DO NOTHING;
 
+-- name: mail_of_others
+-- Whether a message after this position is for a run that this incarnation does not own.
+SELECT 1 FROM perdure_mail WHERE position > ? AND owner IS NOT ? LIMIT 1;
+
 -- name: offer_mailed
 -- Make unowned runs of this list claimable now if their mail says so. Mail wakes a run that waits; it does not start
 -- one before its time, unless it asks it to end; it does not help one that is blocked.

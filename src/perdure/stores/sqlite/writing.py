@@ -83,6 +83,7 @@ class Writing:
         self.singly = singly
         self.news = False
         """Whether somebody may wait for what was written."""
+        self._by: str | None = None
         self._events: list[Any] = []
         self._letters: list[Send] = []
 
@@ -94,6 +95,7 @@ class Writing:
             raise Unfit(str(error)) from error
 
     def _write(self, batch: Batch) -> list[Verdict]:
+        self._by = batch.by
         starts = self._start_all(batch.starts) if batch.starts else ()
         turns: Sequence[TurnVerdict] = ()
         if batch.turns:
@@ -380,11 +382,16 @@ class Writing:
             return [NotFound() for _ in sends]
         count = insert_mail.run(self.db, values)
         if count:
-            self.news = True
+            self.news = self.news or self._by is None or self._others_have_mail(count, self._by)
             self.db.execute(SQL["offer_mailed"], (json.dumps([run for run in targets if run is not None]),))
         if count == len(sends):
             return [Kept(run=run) for run in targets if run is not None]
         return self._judge_sends(sends, targets, count)
+
+    def _others_have_mail(self, count: int, by: str) -> bool:
+        """Whether one of so many messages put in last is for a run that this incarnation does not own."""
+        last = self.db.execute("SELECT last_insert_rowid()").fetchone()[0]
+        return self.db.execute(SQL["mail_of_others"], (last - count, by)).fetchone() is not None
 
     def _targets(self, sends: Sequence[Send]) -> list[Key | None]:
         targets: list[Key | None] = []
