@@ -119,9 +119,9 @@ WHERE run.key = sent.run
     ))
 ON CONFLICT (run, id) DO NOTHING;
 
--- name: mail_of_others
--- Whether a message after this position is for a run that this incarnation does not own.
-SELECT 1 FROM perdure_mail WHERE position > ? AND owner IS NOT ? LIMIT 1;
+-- name: others_own
+-- Whether one of this list of runs is not owned by this incarnation.
+SELECT 1 FROM perdure_runs WHERE key IN (SELECT value FROM json_each(?)) AND owner IS NOT ? LIMIT 1;
 
 -- name: offer_mailed
 -- Make unowned runs of this list claimable now if their mail says so. Mail wakes a run that waits; it does not start

@@ -382,16 +382,14 @@ class Writing:
             return [NotFound() for _ in sends]
         count = insert_mail.run(self.db, values)
         if count:
-            self.news = self.news or self._by is None or self._others_have_mail(count, self._by)
-            self.db.execute(SQL["offer_mailed"], (json.dumps([run for run in targets if run is not None]),))
+            keys = json.dumps([run for run in targets if run is not None])
+            by = self._by
+            if by is None or self.db.execute(SQL["others_own"], (keys, by)).fetchone() is not None:
+                self.news = True
+            self.db.execute(SQL["offer_mailed"], (keys,))
         if count == len(sends):
             return [Kept(run=run) for run in targets if run is not None]
         return self._judge_sends(sends, targets, count)
-
-    def _others_have_mail(self, count: int, by: str) -> bool:
-        """Whether one of so many messages put in last is for a run that this incarnation does not own."""
-        last = self.db.execute("SELECT last_insert_rowid()").fetchone()[0]
-        return self.db.execute(SQL["mail_of_others"], (last - count, by)).fetchone() is not None
 
     def _targets(self, sends: Sequence[Send]) -> list[Key | None]:
         targets: list[Key | None] = []
