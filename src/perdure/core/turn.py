@@ -145,6 +145,7 @@ class Claim(_Fact, frozen=True, kw_only=True):
 
     alone: also runs with two strikes, which must be executed with nothing beside them (one such run at most,
         and then nothing else, comes back); without it they are passed over. Runs with three are never claimed.
+    only_suspects: nothing but one run with two strikes, whatever waits before it: for a process of its own.
     """
 
     incarnation: str
@@ -155,6 +156,7 @@ class Claim(_Fact, frozen=True, kw_only=True):
     limit: int = 100
     max_bytes: int = 32_000_000
     alone: bool = False
+    only_suspects: bool = False
 
 
 class Announced(_Fact, frozen=True, kw_only=True):

@@ -307,7 +307,9 @@ class MemoryStore:
             now = self.now()
             offered = [run for run in self._unowned() if _serves(claim, run.row) and _is_claimable(run, now)]
             offered.sort(key=lambda run: (-run.row.priority, run.row.key))
-            if not claim.alone or not offered or offered[0].row.strikes < ALONE:
+            if claim.only_suspects:
+                offered = [run for run in offered if run.row.strikes == ALONE][:1]
+            elif not claim.alone or not offered or offered[0].row.strikes < ALONE:
                 offered = [run for run in offered if run.row.strikes < ALONE]
             else:
                 offered = offered[:1]

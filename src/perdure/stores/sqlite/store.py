@@ -160,19 +160,7 @@ class SQLiteStore:
             if not self._lives(db, claim.incarnation):
                 return []
             now = self._clock()
-            strikes = 3 if claim.alone else 2
-            number = max(claim.limit, 0)
-            offered = json.loads(
-                db.execute(
-                    SQL["claimable"],
-                    (
-                        *(queues, names),
-                        *(claim.namespace, strikes, max(number, WINDOW)),
-                        *(claim.namespace, now, strikes, max(number, WINDOW)),
-                        number,
-                    ),
-                ).fetchone()[0]
-            )
+            offered = _offered(db, claim, now, queues, names)
             chosen = _chosen(offered, claim)
             if not chosen:
                 return []
@@ -680,9 +668,29 @@ def _first_free(taken: set[int]) -> int:
     return next(slot for slot in range(len(taken) + 1) if slot not in taken)
 
 
+def _offered(db: Connection, claim: Claim, now: int, queues: str, names: str) -> list[list[int]]:
+    """What a claim may take, most urgent first: [key, strikes, bytes of history, bytes of mail]."""
+    number = max(claim.limit, 0)
+    if claim.only_suspects:
+        found = db.execute(SQL["claimable_suspect"], (claim.namespace, now, queues, names))
+    else:
+        strikes = 3 if claim.alone else 2
+        found = db.execute(
+            SQL["claimable"],
+            (
+                *(queues, names),
+                *(claim.namespace, strikes, max(number, WINDOW)),
+                *(claim.namespace, now, strikes, max(number, WINDOW)),
+                number,
+            ),
+        )
+    offered: list[list[int]] = json.loads(found.fetchone()[0])
+    return offered
+
+
 def _chosen(offered: Sequence[Sequence[int]], claim: Claim) -> list[Key]:
     """The keys to take, of [key, strikes, bytes of history, bytes of mail]: near `max_bytes`, the first in any case."""
-    if claim.alone and offered and offered[0][1] >= 2:
+    if (claim.alone or claim.only_suspects) and offered and offered[0][1] >= 2:
         return [offered[0][0]]
     chosen: list[Key] = []
     room = claim.max_bytes
