@@ -254,7 +254,7 @@ def test_a_name_that_nobody_knows() -> None:
 def test_a_run_that_must_be_alone() -> None:
     assert said(row("ready", strikes=2, started_at=NOW - 60 * SECOND)) == (
         "Run o-1, begun 1 min ago, waits to be executed alone, because it killed its worker 2 times; "
-        "a worker takes it when nothing else of its is executing."
+        "a worker gives it a process of its own, an engine takes it when nothing else of its is executing."
     )
 
 

@@ -58,7 +58,7 @@ def _ready(row: Row, now: int, around: Surroundings) -> str:
     if row.strikes >= 2:
         return (
             f"{run} waits to be executed alone, because it killed its worker {row.strikes} times; "
-            "a worker takes it when nothing else of its is executing."
+            "a worker gives it a process of its own, an engine takes it when nothing else of its is executing."
         )
     return (
         f'{run} waits for room in a worker{"" if begun else f" {since}"}: workers serve "{row.workflow}", '

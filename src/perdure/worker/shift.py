@@ -59,7 +59,11 @@ UNWIND_AFTER: Final = 1.0
 
 
 class Settings:
-    """How a worker works; the names and defaults of `Engine`."""
+    """How a worker works; the names and defaults of `Engine`.
+
+    suspects: who executes a run that killed two workers. "here": this process, when nothing else of its executes;
+    "apart": a child process of its own; "only": this process is that child, and takes nothing else.
+    """
 
     def __init__(
         self,
@@ -72,7 +76,6 @@ class Settings:
         lease: float = 15,
         limits: Limits | None = None,
         name: str | None = None,
-        alone: bool = False,
     ) -> None:
         self.namespace = namespace
         self.queues = tuple(queues)
@@ -82,7 +85,7 @@ class Settings:
         self.lease = lease
         self.limits = limits if limits is not None else Limits()
         self.name = name or f"{platform.node() or 'worker'}"
-        self.alone = alone
+        self.suspects = "here"
 
 
 class Shift:
