@@ -667,13 +667,11 @@ class RunHandle(Generic[R]):
 
         def look() -> str:
             store = core.store
-            announced = store.announced(core.namespace)
             around = why_.Surroundings(
-                served=frozenset(each.name for each in announced if each.live),
-                announced=frozenset(each.name for each in announced),
+                taken=why_.taken_from(store.announced(core.namespace)),
                 worker=None if row.owner is None else store.worker(row.owner),
                 mail=store.mailbox(row.key),
-                children={child.id: child.status for child in store.children(row.key)},
+                children={child.id: child for child in store.children(row.key)},
             )
             return why_.why(row, store.now(), around)
 

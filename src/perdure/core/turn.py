@@ -160,13 +160,18 @@ class Claim(_Fact, frozen=True, kw_only=True):
 
 
 class Announced(_Fact, frozen=True, kw_only=True):
-    """A workflow or activity that a worker serves, with what a client without its code needs to start it."""
+    """A workflow or activity that a worker serves, with what a client without its code needs to start it.
+
+    queue: where its runs go unless told otherwise. live, queues: answered, whether any living worker serves it, and
+    the queues from which those take.
+    """
 
     name: str
     kind: str = "workflow"
     queue: str = "default"
     signature: Any = None
     live: bool = True
+    queues: Sequence[str] = ()
 
 
 class Announcement(_Fact, frozen=True, kw_only=True):

@@ -463,14 +463,13 @@ class MemoryStore:
     def announced(self, namespace: str) -> list[Announced]:
         with self._transaction():
             now = self.now()
-            live = {
-                (served.kind, served.name)
-                for worker in self._workers.values()
-                if worker.announcement.namespace == namespace and _beats(worker, now)
-                for served in worker.announcement.serves
-            }
+            live: dict[tuple[str, str], set[str]] = {}
+            for worker in self._workers.values():
+                if worker.announcement.namespace == namespace and _beats(worker, now):
+                    for served in worker.announcement.serves:
+                        live.setdefault((served.kind, served.name), set()).update(worker.announcement.queues)
             return [
-                replace(served, live=(kind, name) in live)
+                replace(served, live=(kind, name) in live, queues=tuple(sorted(live.get((kind, name), ()))))
                 for (where, kind, name), served in sorted(self._served.items())
                 if where == namespace
             ]

@@ -321,14 +321,20 @@ class SQLiteStore:
         with self._read() as db:
             workers = _workers(db)
             served = db.execute(SQL["served"], (namespace,)).fetchall()
-        live = {
-            (one["kind"], one["name"])
-            for worker in workers
-            if worker.namespace == namespace and not worker.dead and self._is_alive(worker)
-            for one in json.loads(worker.serves)
-        }
+        live: dict[tuple[str, str], set[str]] = {}
+        for worker in workers:
+            if worker.namespace == namespace and not worker.dead and self._is_alive(worker):
+                for one in json.loads(worker.serves):
+                    live.setdefault((one["kind"], one["name"]), set()).update(json.loads(worker.queues))
         return [
-            Announced(name=name, kind=kind, queue=queue, signature=json.loads(signature), live=(kind, name) in live)
+            Announced(
+                name=name,
+                kind=kind,
+                queue=queue,
+                signature=json.loads(signature),
+                live=(kind, name) in live,
+                queues=tuple(sorted(live.get((kind, name), ()))),
+            )
             for kind, name, queue, signature in served
         ]
 
@@ -629,6 +635,7 @@ class _Worker(NamedTuple):
     incarnation: str
     name: str
     namespace: str
+    queues: str
     serves: str
     ttl: int
     slot: int | None
