@@ -38,7 +38,7 @@ from perdure.core.errors import (
 )
 from perdure.core.failure import RecordedError
 from perdure.core.ids import sortable_id
-from perdure.core.limits import Limits, check_id, check_message_id, check_name
+from perdure.core.limits import Limits, check_id, check_message_id, check_name, limits_of
 from perdure.core.retry import duration, instant, micros
 from perdure.core.signature import Parameter, Signature
 from perdure.core.status import ENDED, Status
@@ -64,7 +64,7 @@ from perdure.core.turn import (
 from perdure.info import Event, RunInfo, RunPage, events_of, info_of
 from perdure.runtime.registry import Registry, Workflow
 from perdure.stores.contract import Store
-from perdure.stores.opening import open_store
+from perdure.stores.opening import check_store, open_store
 from perdure.worker.committer import Committer, CommitterThread
 from perdure.worker.ending import end_without_code
 from perdure.worker.remote_end import CANCEL
@@ -118,7 +118,7 @@ class Core:
     """What a client and all its option views share."""
 
     def __init__(self, store: str | Store | None, namespace: str, limits: Limits) -> None:
-        self.given = store
+        self.given = check_store(store)
         self.namespace = check_name(namespace, "namespace=")
         self.limits = limits
         self.store: Store = None  # type: ignore[assignment]  # opened at first use
@@ -355,7 +355,7 @@ class Client:
         codec: Any = None,
     ) -> None:
         _no_codec(codec)
-        self._core = Core(store, namespace, limits if limits is not None else Limits())
+        self._core = Core(store, namespace, limits_of(limits))
         self._options = StartOptions()
 
     async def __aenter__(self: C) -> C:

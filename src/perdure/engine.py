@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Final
 from perdure.client import Client, Core, _no_codec
 from perdure.core.limits import Limits, check_name
 from perdure.core.retry import duration
-from perdure.runtime.registry import Activity, Registry, Workflow
+from perdure.runtime.registry import Activity, Registry, Workflow, several
 from perdure.stores.contract import Store
 from perdure.stores.opening import DEFAULT, VARIABLE
 from perdure.worker.claiming import Housekeeper, Serving, Watcher
@@ -185,23 +185,25 @@ def _serving(
     limits: Limits | None,
     name: str | None,
 ) -> _Serves:
-    if isinstance(queues, str):
-        raise TypeError(f"queues={queues!r} is a text. It would be read letter by letter. Pass a list: [{queues!r}].")
     for what, value, least in (("concurrency", concurrency, 1), ("threads", threads, 1), ("resident", resident, 0)):
-        if value < least:
-            raise ValueError(f"{what}={value!r} is not a number of at least {least}.")
+        whole: Any = value  # Callers are not all type-checked.
+        if not isinstance(whole, int) or isinstance(whole, bool) or whole < least:
+            raise ValueError(
+                f"{what}={value!r} is not a whole number of at least {least}. It says how many of them there may be. "
+                "Leave it out for the default, or give a number."
+            )
     return _Serves(
         store,
         Registry(workflows, activities),
         Settings(
             namespace=namespace,
-            queues=[check_name(queue, "queues=") for queue in queues],
+            queues=[check_name(queue, "queues=") for queue in several(queues, "queues=")],
             concurrency=concurrency,
             threads=threads,
             resident=resident,
             lease=duration(lease, "lease=", zero=False).total_seconds(),
             limits=limits,
-            name=name,
+            name=None if name is None else check_name(name, "name="),
         ),
     )
 
@@ -226,7 +228,7 @@ class Worker:
         name: str | None = None,
     ) -> None:
         _no_codec(codec)
-        self._given = store, list(workflows), list(activities)
+        self._given = store, several(workflows, "workflows="), several(activities, "activities=")
         self._core = _serving(
             store, *self._given[1:], namespace, queues, concurrency, threads, resident, lease, limits, name
         )

@@ -22,7 +22,7 @@ from typing import Any, Final
 from perdure.core import codec, stored
 from perdure.core import events as ev
 from perdure.core.errors import StoreError
-from perdure.core.limits import Limits
+from perdure.core.limits import Limits, limits_of
 from perdure.core.match import Op
 from perdure.core.retry import micros
 from perdure.core.signature import Signature
@@ -83,7 +83,7 @@ class Settings:
         self.threads = threads
         self.resident = resident
         self.lease = lease
-        self.limits = limits if limits is not None else Limits()
+        self.limits = limits_of(limits)
         self.name = name or f"{platform.node() or 'worker'}"
         self.suspects = "here"
 
