@@ -169,6 +169,7 @@ class Line:
         self.cancel_reason = ""
         self.status = ""  # of the end, once there is one
         self.skipped: list[tuple[str, str]] = []  # (message id, why) of signals that did not fit
+        self.unheard: list[tuple[str, BaseException | None]] = []  # errors of the code that nobody caught, in life
         self.digests_differ: list[tuple[str, str]] = []
         self.timers: list[tuple[int, int, Timer]] = []
         self._timer_count = 0

@@ -37,6 +37,7 @@ from perdure.core.turn import (
 )
 from perdure.core.waits import Waits, read_waits, waits_text
 from perdure.runtime.context import ThisRun, step_key
+from perdure.runtime.loop import tell_unheard
 from perdure.runtime.play import NOTHING, Asked, Play
 from perdure.runtime.steps import LocalCall, RemoteCall
 from perdure.worker.executing import Execution, StepInfo
@@ -63,7 +64,7 @@ class Gathered:
     """What has come since the last commit: the inputs, what they caused, and what to do once it is recorded."""
 
     # Most turns have only the first three: the rest of the lists are made when something goes in.
-    __slots__ = ("begun", "consumed", "events", "given_up", "inputs", "progress", "sends", "starts")
+    __slots__ = ("begun", "consumed", "events", "given_up", "inputs", "progress", "sends", "starts", "unheard")
 
     def __init__(self) -> None:
         self.inputs: list[tuple[ev.Input, Any]] = []
@@ -73,6 +74,7 @@ class Gathered:
         self.given_up: list[str] | tuple[()] = ()
         self.starts: list[Start] | tuple[()] = ()
         self.sends: list[Send] | tuple[()] = ()
+        self.unheard: list[tuple[str, BaseException | None]] | tuple[()] = ()
         self.progress = False
 
     def add(self, what: str, item: Any) -> None:
@@ -603,6 +605,9 @@ class Resident:
             version=self.version,
             last=self.last,
             id=shift.turn_id(),
+        line = self.play.line
+        if line.unheard:
+            gathered.unheard, line.unheard = line.unheard, []
             first_seq=self.seq,
             events=list(map(stored.encode, gathered.events)),
             consumed=gathered.consumed,
@@ -739,6 +744,8 @@ class Resident:
         if turn.closing:
             self.shift.ended(self, turn)
         elif turn.release:
+        for message, error in gathered.unheard:
+            tell_unheard(self.this.id, message, error)
             self.shift.dropped(self)
         else:
             self.blocked_tries = self.more_mail = 0
