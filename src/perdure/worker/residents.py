@@ -248,7 +248,9 @@ class Resident:
                 self.known_mail.add(message)
         self._replay(self.play.replay(events), mail, ())
 
-    def _replay(self, steps: Any, mail: Sequence[Mail], again: Sequence[Again]) -> None:
+    def _replay(
+        self, steps: Any, mail: Sequence[Mail], again: Sequence[Again], resumed: ev.Resumed | None = None
+    ) -> None:
         if self.gone:
             return
         until = self.shift.monotonic() + 0.005
@@ -257,14 +259,14 @@ class Resident:
                 while self.shift.monotonic() < until:
                     next(steps)
         except StopIteration:
-            self._come_alive(mail, again)
+            self._come_alive(mail, again, resumed)
         except NeverRests:
             self.play.restless = True
-            self._come_alive(mail, again)
+            self._come_alive(mail, again, resumed)
         else:
-            self.shift.loop.call_soon(self._replay, steps, mail, again)
+            self.shift.loop.call_soon(self._replay, steps, mail, again, resumed)
 
-    def _come_alive(self, mail: Sequence[Mail], again: Sequence[Again]) -> None:
+    def _come_alive(self, mail: Sequence[Mail], again: Sequence[Again], resumed: ev.Resumed | None) -> None:
         play = self.play
         self.rebuilding = False
         for step, site in play.line.digests_differ[:1]:
@@ -277,7 +279,8 @@ class Resident:
         if not play.over:
             self._gather(play.take(), replayed=True)
             if play.line.deferred:
-                self._deliver(ev.Resumed(at=self._now()), UNSET)
+                # One that was thrown away with its turn comes again with the time it had.
+                self._deliver(resumed if resumed is not None else ev.Resumed(at=self._now()), UNSET)
         else:
             self._gather(play.take(), replayed=True)
         for message in mail:
@@ -811,6 +814,7 @@ class Resident:
         for message in [*gathered.consumed, *self.open.consumed]:
             self.known_mail.discard(message)
         self.inbox = deque([*self.unwanted, *(item for item in self.inbox if not isinstance(item, Mail))])
+        resumed = next((event for event, _ in inputs if isinstance(event, ev.Resumed)), None)
         self.unwanted = []
         times = {event.message: event.at for event, _ in inputs if hasattr(event, "message")}
         # What is thrown away has not happened: nothing is logged of it.
@@ -821,7 +825,7 @@ class Resident:
         self.deadlines.clear()
         self.rebuilding = True
         self.play = self._new_play()
-        self.shift.read_again(self, lambda events, mail: self._read(events, mail, again, times, first))
+        self.shift.read_again(self, lambda events, mail: self._read(events, mail, again, times, first, resumed))
 
     def _read(
         self,
@@ -834,12 +838,13 @@ class Resident:
         self.known_mail = {m for m in (getattr(event, "message", None) for event in events) if m is not None}
         # Mail comes first and in mailbox order, old with the time it had, new with that of the turn's first input.
         messages: list[Again] = []
+        resumed: ev.Resumed | None,
         for message in sorted(mail, key=lambda m: m.position):
             if message.id not in self.known_mail:
                 self.known_mail.add(message.id)
                 messages.append(Again(input_of(message, times.get(message.id, first)), UNSET))
         self.inbox = deque(item for item in self.inbox if not (isinstance(item, Mail) and item.id in self.known_mail))
-        self._replay(iter(self.play.replay(events)), (), [*messages, *again])
+        self._replay(iter(self.play.replay(events)), (), [*messages, *again], resumed)
 
     # --- leaving memory -------------------------------------------------------------------------------
 
