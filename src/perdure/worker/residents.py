@@ -448,12 +448,14 @@ class Resident:
         if kind is ev.StepCompleted or kind is ev.StepFailed:
             gathered.progress = True
             if event.step in self.executions:  # type: ignore[union-attr]
-                # It ended by its deadline, and still executes.
+                # It ended by its deadline, or ran out of its time, and still executes.
                 gathered.add("given_up", event.step)  # type: ignore[union-attr]
             if self.deadlines:
                 self.deadlines.pop(event.step, None)  # type: ignore[union-attr]
         elif hasattr(event, "message"):
             gathered.add("consumed", event.message)
+        elif kind is ev.AttemptFailed and event.step in self.executions:  # type: ignore[union-attr]
+            gathered.add("given_up", event.step)  # type: ignore[union-attr]
         play = self.play
         try:
             with self.shift.watching(self):
@@ -555,7 +557,9 @@ class Resident:
         if self.shift.draining and not any(e is not None and e.counted for e in self.executions.values()):
             self._hand_over(gathered)
             return
-        status = RUNNING if self.executions or gathered.begun else WAITING
+        # What is given up with this turn does not count: it ends when the turn is acknowledged.
+        executes = self.executions and not (gathered.given_up and self.executions.keys() <= set(gathered.given_up))
+        status = RUNNING if executes or gathered.begun else WAITING
         wake_at = self._next_wake()
         waiting = status == WAITING
         if gathered.events or status != self.status or (waiting and wake_at != self.wake_at):
@@ -601,6 +605,9 @@ class Resident:
 
     def _commit(self, gathered: Gathered, *, status: str, **facts: Any) -> None:
         shift = self.shift
+        line = self.play.line
+        if line.unheard:
+            gathered.unheard, line.unheard = line.unheard, []
         turn = Turn(
             run=self.key,
             owner=shift.incarnation,
@@ -608,9 +615,6 @@ class Resident:
             version=self.version,
             last=self.last,
             id=shift.turn_id(),
-        line = self.play.line
-        if line.unheard:
-            gathered.unheard, line.unheard = line.unheard, []
             first_seq=self.seq,
             events=list(map(stored.encode, gathered.events)),
             consumed=gathered.consumed,
@@ -740,6 +744,8 @@ class Resident:
         self.status = turn.status
         self.wake_at = turn.wake_at
         self.written_waits = turn.waits
+        for message, error in gathered.unheard:
+            tell_unheard(self.this.id, message, error)
         if turn.status != RUNNING or self.key in self.shift.parked:
             self.shift.noted(self)
         if self.key == self.shift.alone_with and turn.progress:
@@ -747,8 +753,6 @@ class Resident:
         if turn.closing:
             self.shift.ended(self, turn)
         elif turn.release:
-        for message, error in gathered.unheard:
-            tell_unheard(self.this.id, message, error)
             self.shift.dropped(self)
         else:
             self.blocked_tries = self.more_mail = 0
@@ -810,11 +814,11 @@ class Resident:
         inputs = [*gathered.inputs, *self.open.inputs]
         again = [Again(event, value) for event, value in inputs if not hasattr(event, "message")]
         again = [item for item in again if not isinstance(item.event, (ev.Time, ev.Resumed))]
+        resumed = next((event for event, _ in inputs if isinstance(event, ev.Resumed)), None)
         first = inputs[0][0].at if inputs else self.play.line.now
         for message in [*gathered.consumed, *self.open.consumed]:
             self.known_mail.discard(message)
         self.inbox = deque([*self.unwanted, *(item for item in self.inbox if not isinstance(item, Mail))])
-        resumed = next((event for event, _ in inputs if isinstance(event, ev.Resumed)), None)
         self.unwanted = []
         times = {event.message: event.at for event, _ in inputs if hasattr(event, "message")}
         # What is thrown away has not happened: nothing is logged of it.
@@ -834,11 +838,11 @@ class Resident:
         again: Sequence[Again],
         times: dict[str, int],
         first: int,
+        resumed: ev.Resumed | None,
     ) -> None:
         self.known_mail = {m for m in (getattr(event, "message", None) for event in events) if m is not None}
         # Mail comes first and in mailbox order, old with the time it had, new with that of the turn's first input.
         messages: list[Again] = []
-        resumed: ev.Resumed | None,
         for message in sorted(mail, key=lambda m: m.position):
             if message.id not in self.known_mail:
                 self.known_mail.add(message.id)

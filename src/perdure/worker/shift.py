@@ -573,11 +573,9 @@ class Shift:
             self.executor.begin(execution)
 
     def _out_of_time(self, resident: Resident, execution: Execution) -> None:
+        # It is cancelled when the record of this is acknowledged; what it returns until then is too late.
         execution.timer = None
-        self.abandon(execution)
-        if resident.executions.get(execution.step) is execution:
-            del resident.executions[execution.step]
-        if not resident.gone:
+        if not resident.gone and resident.executions.get(execution.step) is execution:
             assert execution.call.timeout is not None
             message = f"Attempt {execution.attempt} took longer than its timeout of {execution.call.timeout}."
             resident.outcome(Outcome(execution.step, execution.attempt, error=out_of_time(message)))
