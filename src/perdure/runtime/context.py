@@ -273,9 +273,11 @@ class _StepFuture(RunFuture):
     def cancel(self, msg: Any = None) -> bool:
         if self.done():
             return False
+        # First: giving the step up settles this wait too, without the message.
+        cancelled = super().cancel(msg)
         loop: RunLoop = self._loop  # type: ignore[assignment]  # futures of ours are made by our loop
         loop.line.cancel(self.op)
-        return super().cancel(msg)
+        return cancelled
 
     def settle(self, op: Op) -> None:
         """The step has ended: so does the wait for it."""
