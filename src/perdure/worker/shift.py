@@ -568,6 +568,7 @@ class Shift:
             execution.timer = self.loop.call_later(call.timeout.total_seconds(), self._out_of_time, resident, execution)
         driver = resident.play.driver
         if isinstance(driver, SyncDriver) and driver.may_execute(op) and not self.executor.on_loop(call.fn):
+            execution.leave = driver.leave
             driver.execute(op, self.executor.job(execution, lambda: driver.finished(op)))
         else:
             self.executor.begin(execution)
