@@ -517,6 +517,10 @@ class Resident:
 
     def _start_of(self, op: Op) -> Start:
         spec: RemoteCall = op.spec
+        queue, timeout = op.queue, spec.timeout if op.kind == "child" else spec.policy.total_timeout
+        if spec.elsewhere and (not queue or timeout is None):
+            own_queue, own_timeout = self.shift.announced_of(op.name or "")
+            queue, timeout = queue or own_queue, timeout if timeout is not None else own_timeout
         return self.shift.start_facts(
             workflow=op.name or "",
             id=op.run,
@@ -524,8 +528,8 @@ class Resident:
             # An activity is a step of this run, and its key is the step's.
             seed=step_key(self.seed, f"child:{op.id}") if op.kind == "child" else self.seed,
             kind="workflow" if op.kind == "child" else "activity",
-            queue=op.queue,
-            timeout=spec.timeout if op.kind == "child" else spec.policy.total_timeout,
+            queue=queue,
+            timeout=timeout,
             parent=ParentLink(run=self.key, step=op.id),
             parent_close=op.parent_close,
             policy=spec.policy if spec.policy is not None else StartPolicy(awaited=op.awaited),

@@ -54,6 +54,8 @@ log = logging.getLogger("perdure.worker")
 LANGUAGE: Final = "python" + ".".join(platform.python_version_tuple()[:2])
 KEY_LASTS: Final = 7 * 86_400_000_000
 """Microseconds for which the idempotency key of a child is taken, as long as that of a start."""
+KNOWN_FOR: Final = 10.0
+"""Seconds for which an announcement is believed: a deploy may have changed it."""
 UNWIND_AFTER: Final = 1.0
 """Seconds after which a sync body that waits gives its thread back."""
 
@@ -141,6 +143,8 @@ class Shift:
         self.alone_with: int | None = None
         # Nothing is taken until nothing executes: a run that may only be executed alone has waited long enough.
         self.makes_way = False
+        self._announced: dict[str, Announced] = {}
+        self._announced_at = 0.0
         self.wants_room = False
         self._kick = kick
         self._kicked = False
@@ -399,6 +403,26 @@ class Shift:
             idempotency_key=idempotency_key,
             idempotency_until=None if idempotency_key is None else now + KEY_LASTS,
         )
+
+    def announced_of(self, workflow: str) -> tuple[str, timedelta | None]:
+        """The queue and timeout of a workflow whose code is elsewhere, as its workers announced them.
+
+        Asked of the store on the loop, for the first of many and again after a while: a child whose start went to
+        the wrong queue would wait there for ever.
+        """
+        now = self.monotonic()
+        if workflow not in self._announced or now - self._announced_at > KNOWN_FOR:
+            self._announced_at = now
+            try:
+                found = self.store.announced(self.settings.namespace)
+                self._announced.update({each.name: each for each in found if each.kind == "workflow"})
+            except StoreError as error:
+                log.warning("what was announced could not be read, children by name use what is known: %s", error)
+        known = self._announced.get(workflow)
+        if known is None:
+            return "default", None
+        timeout = (known.signature or {}).get("timeout")
+        return known.queue, None if timeout is None else timedelta(microseconds=timeout)
 
     def should_release(self, resident: Resident) -> bool:
         """Whether a parking run is one too many to keep in memory."""
