@@ -37,7 +37,7 @@ from perdure.core.errors import (
 )
 from perdure.core.failure import RecordedError
 from perdure.core.ids import sortable_id
-from perdure.core.limits import Limits, check_id, check_message_id, check_name
+from perdure.core.limits import Limits, check_id, check_message_id, check_name, limits_of
 from perdure.core.retry import duration, instant, micros
 from perdure.core.signature import Parameter, Signature
 from perdure.core.status import ENDED, Status
@@ -64,7 +64,7 @@ from perdure.info import Event, RunInfo, RunPage, events_of, info_of
 from perdure.runtime import entropy
 from perdure.runtime.registry import Registry, Workflow
 from perdure.stores.contract import Store
-from perdure.stores.opening import open_store
+from perdure.stores.opening import check_store, open_store
 from perdure.worker.committer import Committer, CommitterThread
 from perdure.worker.ending import end_without_code
 from perdure.worker.remote_end import CANCEL
@@ -137,7 +137,7 @@ class Core:
     """What a client and all its option views share."""
 
     def __init__(self, store: str | Store | None, namespace: str, limits: Limits) -> None:
-        self.given = store
+        self.given = check_store(store)
         self.namespace = check_name(namespace, "namespace=")
         self.limits = limits
         self.store: Store = None  # type: ignore[assignment]  # opened at first use
@@ -390,7 +390,7 @@ class Client:
         codec: Any = None,
     ) -> None:
         _no_codec(codec)
-        self._core = Core(store, namespace, limits if limits is not None else Limits())
+        self._core = Core(store, namespace, limits_of(limits))
         self._options = StartOptions()
 
     async def __aenter__(self: C) -> C:
@@ -697,13 +697,11 @@ class RunHandle(Generic[R]):
 
         def look() -> str:
             store = core.store
-            announced = store.announced(core.namespace)
             around = why_.Surroundings(
-                served=frozenset(each.name for each in announced if each.live),
-                announced=frozenset(each.name for each in announced),
+                taken=why_.taken_from(store.announced(core.namespace)),
                 worker=None if row.owner is None else store.worker(row.owner),
                 mail=store.mailbox(row.key),
-                children={child.id: child.status for child in store.children(row.key)},
+                children={child.id: child for child in store.children(row.key)},
             )
             return why_.why(row, store.now(), around)
 

@@ -140,6 +140,7 @@ class Line:
     expected: dict[Tag, tuple[int, ev.Command]] = NOTHING_EXPECTED
     deferred: tuple[Op, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()  # (message id, why) of signals that did not fit
+    unheard: tuple[tuple[str, BaseException | None], ...] = ()  # errors of the code that nobody caught, in life
     digests_differ: tuple[tuple[str, str], ...] = ()  # (step, site) of the first
     answers: Mapping[str, bool] = MappingProxyType({})
     signals: Mapping[str, deque[ev.Signal]] = MappingProxyType({})

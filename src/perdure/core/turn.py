@@ -150,6 +150,7 @@ class Claim(_Fact, frozen=True, kw_only=True):
 
     alone: also runs with two strikes, which must be executed with nothing beside them (one such run at most,
         and then nothing else, comes back); without it they are passed over. Runs with three are never claimed.
+    only_suspects: nothing but one run with two strikes, whatever waits before it: for a process of its own.
     """
 
     incarnation: str
@@ -160,16 +161,22 @@ class Claim(_Fact, frozen=True, kw_only=True):
     limit: int = 100
     max_bytes: int = 32_000_000
     alone: bool = False
+    only_suspects: bool = False
 
 
 class Announced(_Fact, frozen=True, kw_only=True):
-    """A workflow or activity that a worker serves, with what a client without its code needs to start it."""
+    """A workflow or activity that a worker serves, with what a client without its code needs to start it.
+
+    queue: where its runs go unless told otherwise. live, queues: answered, whether any living worker serves it, and
+    the queues from which those take.
+    """
 
     name: str
     kind: str = "workflow"
     queue: str = "default"
     signature: Any = None
     live: bool = True
+    queues: Sequence[str] = ()
 
 
 class Announcement(_Fact, frozen=True, kw_only=True):

@@ -222,9 +222,7 @@ class RunLoop(asyncio.AbstractEventLoop):
         for task in self.tasks:
             # asyncio's own mark, which its logging at the collection of a task goes by.
             if task.done() and getattr(task, "_log_traceback", False):
-                self.call_exception_handler(
-                    {"message": "an exception in a task was never retrieved", "exception": task.exception()}
-                )
+                tell_unheard(self.line.run_id, "an exception in a task was never retrieved", task.exception())
 
     def close_all(self) -> list[Any]:
         """Close every coroutine, newest task first; what survives ten tries is returned."""
@@ -324,11 +322,11 @@ class RunLoop(asyncio.AbstractEventLoop):
         return self.closed
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """Log what nobody retrieved, once, in life only."""
+        """Keep what nobody caught, in life only: it is logged once, when the turn in which it happened is recorded."""
         if self.line.replaying or self.line.dead or self.closed:
             return
-        error = context.get("exception")
-        log.error("run %s: %s", self.line.run_id, context.get("message", "unhandled error"), exc_info=error)
+        told = (context.get("message", "unhandled error"), context.get("exception"))
+        self.line.unheard = (*self.line.unheard, told)
 
     default_exception_handler = call_exception_handler
 
@@ -340,6 +338,11 @@ class RunLoop(asyncio.AbstractEventLoop):
 
     async def shutdown_asyncgens(self) -> None:
         """Nothing to do: generators are kept until the run ends."""
+
+
+def tell_unheard(run_id: str, message: str, error: BaseException | None) -> None:
+    """Log an error of a run's code that nobody caught."""
+    log.error("run %s: %s", run_id, message, exc_info=error)
 
 
 def _closed(task: RunTask) -> bool:

@@ -164,9 +164,12 @@ class ActivityPolicy:
 
 
 class RemoteCall:
-    """A child run or a dispatched activity: what the start needs beyond the command, and how its end is read."""
+    """A child run or a dispatched activity: what the start needs beyond the command, and how its end is read.
 
-    __slots__ = ("idempotency_key", "policy", "raises", "returns", "run", "timeout")
+    elsewhere: its code is not here, and what it was given no queue and no timeout for is what was announced.
+    """
+
+    __slots__ = ("elsewhere", "idempotency_key", "policy", "raises", "returns", "run", "timeout")
 
     def __init__(
         self,
@@ -177,7 +180,9 @@ class RemoteCall:
         policy: Any = None,
         run: str = "",
         idempotency_key: str | None = None,
+        elsewhere: bool = False,
     ) -> None:
+        self.elsewhere = elsewhere
         self.returns = returns
         self.raises = raises
         self.timeout = timeout
@@ -316,6 +321,7 @@ def child(
         returns=returns,
         timeout=options.timeout if options.timeout is not None else (workflow.timeout if workflow else None),
         idempotency_key=options.idempotency_key,
+        elsewhere=workflow is None,
     )
     name = workflow.name if workflow is not None else str(target)
     op = Op("child", id, name=name, site=site, digest=codec.digest64(args, kwargs), spec=spec)
@@ -323,7 +329,7 @@ def child(
         op.input = workflow.signature.encode(args, kwargs, limits=limits)
     else:
         op.input = _FREE.encode(args, kwargs, limits=limits)
-    op.queue = str(options.queue if options.queue is not None else (workflow.queue if workflow else "default"))
+    op.queue = str(options.queue if options.queue is not None else (workflow.queue if workflow else ""))
     op.run = options.id if options.id is not None else child_id(parent, id)
     spec.run = op.run
     op.awaited = awaited

@@ -123,7 +123,10 @@ class Store(Protocol):
         """Live runs past their `deadline_at`, and unowned ones with three strikes not yet quarantined."""
 
     def announced(self, namespace: str) -> list[Announced]:
-        """Everything any worker of the namespace ever announced; `live` if one that serves it lives now."""
+        """Everything any worker of the namespace ever announced; `live` if one that serves it lives now.
+
+        `queues`: from which queues the living ones that serve it take, sorted.
+        """
 
     def worker(self, incarnation: str) -> str | None:
         """A living worker's own name, for people to read; None if it is dead or unknown."""

@@ -107,13 +107,15 @@ class ActivityRun:
         self.seen.append(mail.id)
         if mail.kind == "cancel" and self.flight is None and not self.gone:
             self.cancelled = True
-            if self.execution is not None:
+            # Its function is cancelled when that is recorded, as this leaves memory; one not begun never begins.
+            if self.execution is not None and not self.execution.counted:
                 self.shift.abandon(self.execution)
             self._end("cancelled", None, RecordedError(type="Cancelled", message="its parent gave it up"))
 
     def _out_of_time(self, execution: Execution) -> None:
         execution.timer = None
-        self.shift.abandon(execution)
+        if self.gone or self.flight is not None:
+            return
         self._failed(
             execution,
             RecordedError(

@@ -66,15 +66,18 @@ class Watcher:
         # What was claimed and is not received yet executes in a moment.
         busy = bool(shift.executing or len(shift.residents) > len(shift.parked) or shift.claiming > shift.taken)
         # A run under suspicion is executed with nothing beside it.
+        suspects = shift.settings.suspects
         claim = Claim(
             incarnation=shift.incarnation,
             namespace=shift.settings.namespace,
             queues=shift.settings.queues,
             workflows=list(shift.registry.workflows),
             activities=list(shift.registry.activities),
-            alone=shift.settings.alone or not busy,
+            alone=suspects == "only" or (suspects == "here" and not busy),
+            only_suspects=suspects == "only",
         )
-        self._make_way(busy, claim)
+        if suspects == "here":
+            self._make_way(busy, claim)
         room = min(shift.room, MOST_CLAIMED)
         if room <= 0:
             return []

@@ -267,7 +267,7 @@ class Executor:
             self._waiting.append((job, execution))
             return
         self.in_threads += 1
-        free = execution.leave = functools.partial(self._thread_free, execution)
+        free = functools.partial(self._thread_free, execution)
 
         def run() -> None:
             try:
@@ -275,10 +275,16 @@ class Executor:
             finally:
                 self._soon(free)
 
-        self.threads.run(run)
+        def leave() -> None:
+            # Abandoned with its function: another takes its place at once.
+            self.threads.lose(thread, run)
+            free()
+
+        execution.leave = leave
+        thread = self.threads.run(run)
 
     def _thread_free(self, execution: Execution) -> None:
-        """A thread is free again, or was abandoned with its function: then another takes its place at once."""
+        """A thread is free again, or was left to itself. Twice is once."""
         if execution.leave is None:
             return
         execution.leave = None

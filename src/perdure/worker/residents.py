@@ -38,6 +38,7 @@ from perdure.core.turn import (
 )
 from perdure.core.waits import Waits, read_waits, waits_text
 from perdure.runtime.context import ThisRun, step_key
+from perdure.runtime.loop import tell_unheard
 from perdure.runtime.play import NOTHING, Asked, Play
 from perdure.runtime.steps import LocalCall, RemoteCall
 from perdure.worker.executing import Execution, StepInfo
@@ -64,7 +65,7 @@ class Gathered:
     """What has come since the last commit: the inputs with what they caused, and what to do once it is recorded."""
 
     # Most turns have only the first two: the rest of the lists are made when something goes in.
-    __slots__ = ("begun", "consumed", "events", "given_up", "progress", "sends", "starts")
+    __slots__ = ("begun", "consumed", "events", "given_up", "progress", "sends", "starts", "unheard")
 
     def __init__(self) -> None:
         self.events: list[ev.Event] = []
@@ -73,6 +74,7 @@ class Gathered:
         self.given_up: list[str] | tuple[()] = ()
         self.starts: list[Start] | tuple[()] = ()
         self.sends: list[Send] | tuple[()] = ()
+        self.unheard: tuple[tuple[str, BaseException | None], ...] = ()
         self.progress = False
 
     def add(self, what: str, item: Any) -> None:
@@ -258,7 +260,9 @@ class Resident:
         self._gather(play.take())
         self.pump()
 
-    def _replay(self, steps: Any, mail: Sequence[Mail], again: Sequence[Again]) -> None:
+    def _replay(
+        self, steps: Any, mail: Sequence[Mail], again: Sequence[Again], resumed: ev.Resumed | None = None
+    ) -> None:
         if self.gone:
             return
         until = self.shift.monotonic() + 0.005
@@ -267,14 +271,14 @@ class Resident:
                 while self.shift.monotonic() < until:
                     next(steps)
         except StopIteration:
-            self._come_alive(mail, again)
+            self._come_alive(mail, again, resumed)
         except NeverRests:
             self.play.restless = True
-            self._come_alive(mail, again)
+            self._come_alive(mail, again, resumed)
         else:
-            self.shift.loop.call_soon(self._replay, steps, mail, again)
+            self.shift.loop.call_soon(self._replay, steps, mail, again, resumed)
 
-    def _come_alive(self, mail: Sequence[Mail], again: Sequence[Again]) -> None:
+    def _come_alive(self, mail: Sequence[Mail], again: Sequence[Again], resumed: ev.Resumed | None) -> None:
         play = self.play
         self.rebuilding = False
         for step, site in play.line.digests_differ[:1]:
@@ -287,7 +291,8 @@ class Resident:
         if not play.over:
             self._gather(play.take(), replayed=True)
             if play.line.deferred:
-                self._deliver(ev.Resumed(at=self._now()))
+                # One that was thrown away with its turn comes again with the time it had.
+                self._deliver(resumed if resumed is not None else ev.Resumed(at=self._now()))
         else:
             self._gather(play.take(), replayed=True)
         for message in mail:
@@ -461,12 +466,14 @@ class Resident:
         if kind is ev.StepCompleted or kind is ev.StepFailed:
             gathered.progress = True
             if event.step in self.executions:  # type: ignore[union-attr]
-                # It ended by its deadline, and still executes.
+                # It ended by its deadline, or ran out of its time, and still executes.
                 gathered.add("given_up", event.step)  # type: ignore[union-attr]
             if self.deadlines:
                 self.deadlines.pop(event.step, None)  # type: ignore[union-attr]
         elif hasattr(event, "message"):
             gathered.add("consumed", event.message)
+        elif kind is ev.AttemptFailed and event.step in self.executions:  # type: ignore[union-attr]
+            gathered.add("given_up", event.step)  # type: ignore[union-attr]
         play = self.play
         shift = self.shift
         # As `with shift.watching(self)`, at every input.
@@ -534,6 +541,10 @@ class Resident:
 
     def _start_of(self, op: Op) -> Start:
         spec: RemoteCall = op.spec
+        queue, timeout = op.queue, spec.timeout if op.kind == "child" else spec.policy.total_timeout
+        if spec.elsewhere and (not queue or timeout is None):
+            own_queue, own_timeout = self.shift.announced_of(op.name or "")
+            queue, timeout = queue or own_queue, timeout if timeout is not None else own_timeout
         return self.shift.start_facts(
             workflow=op.name or "",
             id=op.run,
@@ -541,8 +552,8 @@ class Resident:
             # An activity is a step of this run, and its key is the step's.
             seed=step_key(self.seed, f"child:{op.id}") if op.kind == "child" else self.seed,
             kind="workflow" if op.kind == "child" else "activity",
-            queue=op.queue,
-            timeout=spec.timeout if op.kind == "child" else spec.policy.total_timeout,
+            queue=queue,
+            timeout=timeout,
             parent=ParentLink(run=self.key, step=op.id),
             parent_close=op.parent_close,
             policy=spec.policy if spec.policy is not None else StartPolicy(awaited=op.awaited),
@@ -573,7 +584,9 @@ class Resident:
         if self.shift.draining and not any(e is not None and e.counted for e in self.executions.values()):
             self._hand_over(gathered)
             return
-        status = RUNNING if self.executions or gathered.begun else WAITING
+        # What is given up with this turn does not count: it ends when the turn is acknowledged.
+        executes = self.executions and not (gathered.given_up and self.executions.keys() <= set(gathered.given_up))
+        status = RUNNING if executes or gathered.begun else WAITING
         wake_at = self._next_wake() if play.line.timers or self.retrying or self.deadlines else None
         waiting = status == WAITING
         if gathered.events or status != self.status or (waiting and wake_at != self.wake_at):
@@ -620,6 +633,9 @@ class Resident:
 
     def _commit(self, gathered: Gathered, *, status: str, **facts: Any) -> None:
         shift = self.shift
+        line = self.play.line
+        if line.unheard:
+            gathered.unheard, line.unheard = line.unheard, ()
         turn = Turn(
             run=self.key,
             owner=shift.incarnation,
@@ -756,6 +772,8 @@ class Resident:
         self.status = turn.status
         self.wake_at = turn.wake_at
         self.written_waits = turn.waits
+        for message, error in gathered.unheard:
+            tell_unheard(self.this.id, message, error)
         if turn.status != RUNNING or self.key in self.shift.parked:
             self.shift.noted(self)
         if self.key == self.shift.alone_with and turn.progress:
@@ -847,6 +865,7 @@ class Resident:
             if not hasattr(event, "message") and not isinstance(event, (ev.Time, ev.Resumed))
         ]
         first = inputs[0].at if inputs else self.play.line.now
+        resumed = next((event for event in inputs if isinstance(event, ev.Resumed)), None)
         for message in [*gathered.consumed, *self.open.consumed]:
             self.known_mail.discard(message)
         self.inbox = deque([*self.unwanted, *(item for item in self.inbox if not isinstance(item, Mail))])
@@ -860,7 +879,7 @@ class Resident:
         self.deadlines.clear()
         self.rebuilding = True
         self.play = self._new_play()
-        self.shift.read_again(self, lambda events, mail: self._read(events, mail, again, times, first))
+        self.shift.read_again(self, lambda events, mail: self._read(events, mail, again, times, first, resumed))
 
     def _read(
         self,
@@ -869,6 +888,7 @@ class Resident:
         again: Sequence[Again],
         times: dict[str, int],
         first: int,
+        resumed: ev.Resumed | None,
     ) -> None:
         self.known_mail = {m for m in (getattr(event, "message", None) for event in events) if m is not None}
         # Mail comes first and in mailbox order, old with the time it had, new with that of the turn's first input.
@@ -878,7 +898,7 @@ class Resident:
                 self.known_mail.add(message.id)
                 messages.append(Again(input_of(message, times.get(message.id, first))))
         self.inbox = deque(item for item in self.inbox if not (isinstance(item, Mail) and item.id in self.known_mail))
-        self._replay(iter(self.play.replay(events)), (), [*messages, *again])
+        self._replay(iter(self.play.replay(events)), (), [*messages, *again], resumed)
 
     # --- leaving memory -------------------------------------------------------------------------------
 

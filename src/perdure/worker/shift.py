@@ -23,7 +23,7 @@ from typing import Any, Final
 from perdure.core import codec, stored
 from perdure.core import events as ev
 from perdure.core.errors import StoreError
-from perdure.core.limits import Limits
+from perdure.core.limits import Limits, limits_of
 from perdure.core.match import Op
 from perdure.core.retry import micros
 from perdure.core.signature import Signature
@@ -55,12 +55,18 @@ log = logging.getLogger("perdure.worker")
 LANGUAGE: Final = "python" + ".".join(platform.python_version_tuple()[:2])
 KEY_LASTS: Final = 7 * 86_400_000_000
 """Microseconds for which the idempotency key of a child is taken, as long as that of a start."""
+KNOWN_FOR: Final = 10.0
+"""Seconds for which an announcement is believed: a deploy may have changed it."""
 UNWIND_AFTER: Final = 1.0
 """Seconds after which a sync body that waits gives its thread back."""
 
 
 class Settings:
-    """How a worker works; the names and defaults of `Engine`."""
+    """How a worker works; the names and defaults of `Engine`.
+
+    suspects: who executes a run that killed two workers. "here": this process, when nothing else of its executes;
+    "apart": a child process of its own; "only": this process is that child, and takes nothing else.
+    """
 
     def __init__(
         self,
@@ -73,7 +79,6 @@ class Settings:
         lease: float = 15,
         limits: Limits | None = None,
         name: str | None = None,
-        alone: bool = False,
     ) -> None:
         self.namespace = namespace
         self.queues = tuple(queues)
@@ -81,9 +86,9 @@ class Settings:
         self.threads = threads
         self.resident = resident
         self.lease = lease
-        self.limits = limits if limits is not None else Limits()
+        self.limits = limits_of(limits)
         self.name = name or f"{platform.node() or 'worker'}"
-        self.alone = alone
+        self.suspects = "here"
 
 
 class Shift:
@@ -140,6 +145,8 @@ class Shift:
         self.alone_with: int | None = None
         # Nothing is taken until nothing executes: a run that may only be executed alone has waited long enough.
         self.makes_way = False
+        self._announced: dict[str, Announced] = {}
+        self._announced_at = 0.0
         self.wants_room = False
         self._kick = kick
         self._kicked = False
@@ -404,6 +411,26 @@ class Shift:
             idempotency_until=None if idempotency_key is None else now + KEY_LASTS,
         )
 
+    def announced_of(self, workflow: str) -> tuple[str, timedelta | None]:
+        """The queue and timeout of a workflow whose code is elsewhere, as its workers announced them.
+
+        Asked of the store on the loop, for the first of many and again after a while: a child whose start went to
+        the wrong queue would wait there for ever.
+        """
+        now = self.monotonic()
+        if workflow not in self._announced or now - self._announced_at > KNOWN_FOR:
+            self._announced_at = now
+            try:
+                found = self.store.announced(self.settings.namespace)
+                self._announced.update({each.name: each for each in found if each.kind == "workflow"})
+            except StoreError as error:
+                log.warning("what was announced could not be read, children by name use what is known: %s", error)
+        known = self._announced.get(workflow)
+        if known is None:
+            return "default", None
+        timeout = (known.signature or {}).get("timeout")
+        return known.queue, None if timeout is None else timedelta(microseconds=timeout)
+
     def should_release(self, resident: Resident) -> bool:
         """Whether a parking run is one too many to keep in memory."""
         # One that killed its worker twice, and waits, is taken up alone again.
@@ -577,16 +604,15 @@ class Shift:
             execution.timer = self.loop.call_later(timeout.total_seconds(), self._out_of_time, resident, execution)
         driver = resident.play.driver
         if not call.policy.on_loop and isinstance(driver, SyncDriver) and driver.may_execute(op):
+            execution.leave = driver.leave
             driver.execute(op, self.executor.job(execution, lambda: driver.finished(op)))
         else:
             self.executor.begin(execution)
 
     def _out_of_time(self, resident: Resident, execution: Execution) -> None:
+        # It is cancelled when the record of this is acknowledged; what it returns until then is too late.
         execution.timer = None
-        self.abandon(execution)
-        if resident.executions.get(execution.step) is execution:
-            del resident.executions[execution.step]
-        if not resident.gone:
+        if not resident.gone and resident.executions.get(execution.step) is execution:
             message = f"Attempt {execution.attempt} took longer than its timeout of {execution.call.policy.timeout}."
             resident.outcome(Outcome(execution.step, execution.attempt, error=out_of_time(message)))
 

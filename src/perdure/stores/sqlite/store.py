@@ -165,19 +165,7 @@ class SQLiteStore:
             if not self._lives(db, claim.incarnation):
                 return []
             now = self._clock()
-            strikes = 3 if claim.alone else 2
-            number = max(claim.limit, 0)
-            offered = json.loads(
-                db.execute(
-                    SQL["claimable"],
-                    (
-                        *(queues, names),
-                        *(claim.namespace, strikes, max(number, WINDOW)),
-                        *(claim.namespace, now, strikes, max(number, WINDOW)),
-                        number,
-                    ),
-                ).fetchone()[0]
-            )
+            offered = _offered(db, claim, now, queues, names)
             chosen = _chosen(offered, claim)
             if not chosen:
                 return []
@@ -338,14 +326,20 @@ class SQLiteStore:
         with self._read() as db:
             workers = _workers(db)
             served = db.execute(SQL["served"], (namespace,)).fetchall()
-        live = {
-            (one["kind"], one["name"])
-            for worker in workers
-            if worker.namespace == namespace and not worker.dead and self._is_alive(worker)
-            for one in json.loads(worker.serves)
-        }
+        live: dict[tuple[str, str], set[str]] = {}
+        for worker in workers:
+            if worker.namespace == namespace and not worker.dead and self._is_alive(worker):
+                for one in json.loads(worker.serves):
+                    live.setdefault((one["kind"], one["name"]), set()).update(json.loads(worker.queues))
         return [
-            Announced(name=name, kind=kind, queue=queue, signature=json.loads(signature), live=(kind, name) in live)
+            Announced(
+                name=name,
+                kind=kind,
+                queue=queue,
+                signature=json.loads(signature),
+                live=(kind, name) in live,
+                queues=tuple(sorted(live.get((kind, name), ()))),
+            )
             for kind, name, queue, signature in served
         ]
 
@@ -652,6 +646,7 @@ class _Worker(NamedTuple):
     incarnation: str
     name: str
     namespace: str
+    queues: str
     serves: str
     ttl: int
     slot: int | None
@@ -691,9 +686,29 @@ def _first_free(taken: set[int]) -> int:
     return next(slot for slot in range(len(taken) + 1) if slot not in taken)
 
 
+def _offered(db: Connection, claim: Claim, now: int, queues: str, names: str) -> list[list[int]]:
+    """What a claim may take, most urgent first: [key, strikes, bytes of history, bytes of mail]."""
+    number = max(claim.limit, 0)
+    if claim.only_suspects:
+        found = db.execute(SQL["claimable_suspect"], (claim.namespace, now, queues, names))
+    else:
+        strikes = 3 if claim.alone else 2
+        found = db.execute(
+            SQL["claimable"],
+            (
+                *(queues, names),
+                *(claim.namespace, strikes, max(number, WINDOW)),
+                *(claim.namespace, now, strikes, max(number, WINDOW)),
+                number,
+            ),
+        )
+    offered: list[list[int]] = json.loads(found.fetchone()[0])
+    return offered
+
+
 def _chosen(offered: Sequence[Sequence[int]], claim: Claim) -> list[Key]:
     """The keys to take, of [key, strikes, bytes of history, bytes of mail]: near `max_bytes`, the first in any case."""
-    if claim.alone and offered and offered[0][1] >= 2:
+    if (claim.alone or claim.only_suspects) and offered and offered[0][1] >= 2:
         return [offered[0][0]]
     chosen: list[Key] = []
     room = claim.max_bytes
