@@ -30,7 +30,8 @@ SELECT run.key, run.strikes, run.history_bytes, (
     SELECT coalesce(sum(octet_length(mail.data)), 0)::int8 FROM perdure.mail AS mail
     WHERE mail.run = run.key AND mail.unread
 )
-FROM (
+FROM perdure.runs AS run
+WHERE run.key = ANY(ARRAY(
     SELECT offered.key
     FROM unnest($queues::text[]) AS queue (name)
     CROSS JOIN unnest($names::text[], $kinds::text[]) AS served (name, kind)
@@ -53,10 +54,8 @@ FROM (
     WHERE EXISTS (
         SELECT 1 FROM perdure.workers AS worker WHERE worker.incarnation = $incarnation::text AND worker.dead = 0
     )
-    ORDER BY offered.priority DESC, offered.key
-) AS offered
-JOIN perdure.runs AS run ON run.key = offered.key
-WHERE run.owner IS NOT DISTINCT FROM NULL AND coalesce(run.due_at, $now::int8 + 1) <= $now::int8
+))
+AND run.owner IS NOT DISTINCT FROM NULL AND coalesce(run.due_at, $now::int8 + 1) <= $now::int8
 ORDER BY run.priority DESC, run.key LIMIT $number::int8
 FOR NO KEY UPDATE OF run SKIP LOCKED;
 
