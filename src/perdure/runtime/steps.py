@@ -267,6 +267,32 @@ def local(
     return Op("run", id, name=policy.name, site=site, digest=codec.digest64(args, kwargs), spec=call)
 
 
+def transaction(
+    id: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, limits: Limits, site: str
+) -> Op:
+    """A step that runs here, in a transaction of the store's own database."""
+    if isinstance(fn, Workflow) or not callable(fn):
+        raise TypeError(
+            f'ctx.step.transaction("{id}", …) got {fn!r}. Its second argument is a plain function, which gets the open '
+            "connection first. Pass the function itself, and its further arguments after it."
+        )
+    if options.queue is not None or (isinstance(fn, Activity) and fn.queue is not None):
+        raise TypeError(
+            f'ctx.step.transaction("{id}", …) was given a queue. A transaction is one connection of this process, and '
+            "cannot be dispatched. Leave the queue out, or use ctx.step.run."
+        )
+    function = fn.fn if isinstance(fn, Activity) else fn
+    if is_async(function):
+        raise TypeError(
+            f'ctx.step.transaction("{id}", …) got the async function {name_of(fn)}. The transaction holds the '
+            "connection, and on SQLite every other writer, until the function returns: nothing may be awaited in it. "
+            "Give a plain function; it runs in a thread."
+        )
+    policy = policy_of(fn, options)
+    call = LocalCall(function, args, kwargs, policy, limits)
+    return Op("transaction", id, name=policy.name, site=site, digest=codec.digest64(args, kwargs), spec=call)
+
+
 def activity(
     id: str,
     target: Activity[Any, Any],

@@ -42,6 +42,7 @@ from perdure.runtime.drive_sync import BodyThreads, SyncDriver
 from perdure.runtime.registry import Registry
 from perdure.runtime.steps import ActivityPolicy
 from perdure.stores.contract import Store
+from perdure.worker import transacting
 from perdure.worker.activities import ActivityRun, start_policy
 from perdure.worker.committer import Committer
 from perdure.worker.executing import Execution, Executor
@@ -598,6 +599,9 @@ class Shift:
             attempt()
 
     def _execute(self, resident: Resident, op: Op, execution: Execution) -> None:
+        if op.kind == "transaction":
+            transacting.wanted(resident, execution)
+            return
         call = execution.call
         timeout = call.policy.timeout
         if timeout is not None:
@@ -608,6 +612,10 @@ class Shift:
             driver.execute(op, self.executor.job(execution, lambda: driver.finished(op)))
         else:
             self.executor.begin(execution)
+
+    def transact_next(self, resident: Resident) -> None:
+        """A run has nothing in flight: the transaction step that waits for that may begin."""
+        transacting.begin_next(resident)
 
     def _out_of_time(self, resident: Resident, execution: Execution) -> None:
         # It is cancelled when the record of this is acknowledged; what it returns until then is too late.
