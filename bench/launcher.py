@@ -21,14 +21,29 @@ class Launched:
         if self.drop:
             shutil.chown(self.data, "nobody", "nogroup")
             shutil.chown(self.folder, "nobody", "nogroup")
-        run = [*self.drop, shutil.which("initdb"), "-D", self.data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C"]
+        run = [
+            *self.drop,
+            shutil.which("initdb"),
+            "-D",
+            self.data,
+            "-U",
+            "postgres",
+            "-A",
+            "trust",
+            "-E",
+            "UTF8",
+            "--locale=C",
+        ]
         subprocess.run(run, check=True, capture_output=True, cwd="/")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         options = {
-            "port": self.port, "listen_addresses": "127.0.0.1", "unix_socket_directories": self.folder,
-            "logging_collector": "on", "log_directory": "log",
+            "port": self.port,
+            "listen_addresses": "127.0.0.1",
+            "unix_socket_directories": self.folder,
+            "logging_collector": "on",
+            "log_directory": "log",
         }
         command = [*self.drop, shutil.which("postgres"), "-D", self.data]
         for name, value in options.items():

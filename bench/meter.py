@@ -47,6 +47,28 @@ class Server:
         """Bytes of all tables and indexes in this database."""
         return self.number("SELECT pg_database_size(current_database())")
 
+    def log_statements(self) -> None:
+        """From the next connection on the server logs each statement in this database, but none of ours."""
+        name = self.db.info.dbname
+        self.db.execute(f"ALTER DATABASE {name} SET log_statement = 'all'")
+
+    def statements(self) -> int:
+        """Lines of the server's log that tell of a statement."""
+        said = self.db.execute("SELECT pg_read_file(pg_current_logfile())").fetchone()[0]
+        return sum(" LOG:  execute " in line or " LOG:  statement: " in line for line in said.splitlines())
+
+    def waiting_for_locks(self) -> int:
+        """Sessions of this database that wait for somebody else's lock at this moment."""
+        return self.number(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+
+    def another(self) -> Any:
+        """One more connection, as a user's program has it: a transaction begins with its first statement."""
+        import psycopg
+
+        return psycopg.connect(self.db.info.dsn)
+
     def number(self, sql: str) -> int:
         return int(self.db.execute(sql).fetchone()[0])
 

@@ -7,7 +7,6 @@ it was. So the floor follows the engine's schema, indexes, columns and payloads 
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -146,14 +145,14 @@ def expression(one: Any, two: Any) -> str:
 
     JSON is built and encoded for each run, never pasted: no program is spared that.
     """
-    parsed = _json(one), _json(two)
+    parsed = json_in(one), json_in(two)
     if all(isinstance(each, (dict, list)) for each in parsed):
         encoded = f"encode({_inside(*parsed)})"
         return f"{encoded}.decode()" if isinstance(one, str) else encoded
     return _inside(one, two)
 
 
-def _json(value: Any) -> Any:
+def json_in(value: Any) -> Any:
     try:
         return msgspec.json.decode(value) if isinstance(value, (str, bytes)) else None
     except (msgspec.DecodeError, UnicodeDecodeError):
