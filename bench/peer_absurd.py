@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -62,19 +63,20 @@ def install(store: str) -> None:
 
 
 def work(store: str, asked: argparse.Namespace) -> None:
-    """One worker, until its standard input is closed."""
+    """One worker; it says when it is ready, and ends with its standard input, so that none outlives the measurement."""
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
     if asked.asynchronous:
         asyncio.run(work_async(store, asked))
         return
     app = opened(store)
-    threading.Thread(target=lambda: (sys.stdin.read(), app.stop_worker()), daemon=True).start()
+    print("ready", flush=True)
     app.start_worker(concurrency=asked.threads, batch_size=asked.batch, poll_interval=asked.poll)
 
 
 async def work_async(store: str, asked: argparse.Namespace) -> None:
     app = AsyncAbsurd(store, queue_name=QUEUE)
     app.register_task(name="steps")(async_steps)
-    asyncio.get_running_loop().run_in_executor(None, lambda: (sys.stdin.read(), app.stop_worker()))
+    print("ready", flush=True)
     await app.start_worker(concurrency=asked.threads, batch_size=asked.batch, poll_interval=asked.poll)
 
 
@@ -82,7 +84,11 @@ def throughput(store: str, asked: argparse.Namespace) -> dict[str, float]:
     """Runs and steps per second while `concurrency` tasks are under way."""
     command = [sys.executable, __file__, "work", "0", f"--store={store}", f"--threads={asked.threads}"]
     command += [f"--batch={asked.batch}", f"--poll={asked.poll}", *(["--async"] if asked.asynchronous else [])]
-    workers = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(asked.workers)]
+    pipe = subprocess.PIPE
+    workers = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(asked.workers)]
+    for worker in workers:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "ready\n"
     app = opened(store)
     with psycopg.connect(store, autocommit=True) as watch:
         keep_under_way(app, watch, asked.concurrency, 1.0)
@@ -90,7 +96,7 @@ def throughput(store: str, asked: argparse.Namespace) -> dict[str, float]:
         keep_under_way(app, watch, asked.concurrency, asked.seconds)
         runs, seconds = ended(watch) - before, time.perf_counter() - began
     for worker in workers:
-        worker.communicate(b"")
+        worker.communicate()
     return {"runs": runs, "runs_per_s": runs / seconds, "steps_per_s": runs * 3 / seconds}
 
 

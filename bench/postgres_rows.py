@@ -85,11 +85,9 @@ def latency(scale: Scale, postgres: Postgres) -> list[Line]:
         scale.rounds,
         {
             "async": lambda: in_fresh(lambda store: ours("throughput", store=store, **size)),
-            "sync": lambda: in_fresh(lambda store: ours("throughput", store=store, sync=True, **size)),
             "dbos": lambda: in_fresh(lambda store: dbos("latency", scale.seconds, store=store)),
             "absurd": lambda: in_fresh(lambda store: absurd("latency", scale.seconds, store=store)),
             "floor": lambda: in_fresh(lambda store: pg_floor(store=store, **size)),
-            "bare": lambda: in_fresh(lambda store: pg_floor(store=store, bare=True, **size)),
         },
     )
 
@@ -115,7 +113,7 @@ def workers(scale: Scale, postgres: Postgres) -> list[Line]:
             return fleet("workers", store=store, workers=number, seconds=2 * scale.seconds)
 
     answers, failures = gathered(
-        scale.rounds,
+        scale.few,
         {"one": lambda: with_workers(1), "two": lambda: with_workers(2)},
     )
 
@@ -208,7 +206,7 @@ def idle(scale: Scale, postgres: Postgres) -> list[Line]:
 def recovery(scale: Scale, postgres: Postgres) -> list[Line]:
     def hit(signal: str, *, lease: float = 15.0) -> list[Answer]:
         rounds = []
-        for _ in range(scale.rounds):
+        for _ in range(scale.few):
             with postgres.fresh() as store:
                 rounds.append(fleet("recovery", store=store, signal=signal, lease=lease))
         return rounds

@@ -21,8 +21,10 @@ Answer = dict[str, Any]
 class Scale:
     """How long to measure. `--quick` is for trying the programs out; its numbers are not for judging."""
 
-    seconds: float = 2.0
+    seconds: float = 1.5
     rounds: int = 3
+    few: int = 2
+    """Rounds of what says the same each time, such as a time that is far from the one that is asked for."""
     sleeps: int = 2000
     signals: int = 200
     flat: int = 100_000
@@ -38,6 +40,7 @@ class Scale:
 QUICK = Scale(
     seconds=0.7,
     rounds=1,
+    few=1,
     sleeps=200,
     signals=20,
     flat=6000,

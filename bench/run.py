@@ -45,7 +45,8 @@ def settings(scale: Scale) -> list[str]:
         f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, {platform.system()}, "
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before; "
         f"DBOS {peers.version('dbos')}, Absurd {peers.version('absurd', package='absurd-sdk')}",
-        f"medians of {scale.rounds} interleaved rounds of {scale.seconds:g} s",
+        f"medians of {scale.rounds} interleaved rounds of {scale.seconds:g} s; "
+        f"of {scale.few} or 1 where little hangs on it",
         "SQLite: WAL and synchronous=FULL everywhere. DBOS there: sync workflows, 2 executor threads, pool 4, "
         "10 ms polling; sleeps and signals as async workflows",
     ]
