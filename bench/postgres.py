@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
-from launcher import Launched
+if TYPE_CHECKING:
+    from tests.servers import PostgresServer
+
+SETTINGS: Final = {
+    "fsync": "on",
+    "full_page_writes": "on",
+    "autovacuum_naptime": "1min",
+    # So that the log can be read through a connection: statements are counted there.
+    "logging_collector": "on",
+}
+"""What the tests' own launcher sets otherwise, put back to the server's defaults."""
 
 SHOWN = ("synchronous_commit", "fsync", "full_page_writes", "shared_buffers", "max_wal_size", "wal_sync_method")
 
@@ -16,7 +28,7 @@ class Postgres:
     """Started when the first database is asked for."""
 
     def __init__(self) -> None:
-        self.server: Launched | None = None
+        self.server: PostgresServer | None = None
         self.made = 0
 
     @contextmanager
@@ -44,14 +56,21 @@ class Postgres:
 
     def stop(self) -> None:
         if self.server is not None:
-            self.server.stop()
+            self.server.close()
 
     def _url(self) -> str:
         if self.server is None:
-            self.server = Launched()
+            self.server = _launched()
         return self.server.url
 
     def _admin(self) -> Any:
         import psycopg
 
         return psycopg.connect(self._url(), autocommit=True)
+
+
+def _launched() -> PostgresServer:
+    sys.path.append(str(Path(__file__).parents[1]))
+    from tests.servers import PostgresServer
+
+    return PostgresServer(settings=SETTINGS).start()
