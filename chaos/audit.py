@@ -154,7 +154,9 @@ def _fences(facts: Facts, promised: Promised) -> Iterator[str]:
 
 def _acknowledged(facts: Facts, promised: Promised) -> Iterator[str]:
     """INV-7: everything acknowledged is there."""
-    yield from (f"the start of {run} was acknowledged, it is not there" for run in promised.started if run not in facts.keys)
+    yield from (
+        f"the start of {run} was acknowledged, it is not there" for run in promised.started if run not in facts.keys
+    )
     taken = {
         (key, event["message"]): event["seq"]
         for key, events in facts.history.items()

@@ -44,7 +44,9 @@ async def clock(stage: Stage) -> None:
 
 
 def _ended(stage: Stage, prefix: str) -> bool:
-    return bool(stage.base.ask(f"SELECT count(*) = 20 FROM {{runs}} WHERE id LIKE '{prefix}-%' AND ended_at IS NOT NULL")[0][0])
+    return bool(
+        stage.base.ask(f"SELECT count(*) = 20 FROM {{runs}} WHERE id LIKE '{prefix}-%' AND ended_at IS NOT NULL")[0][0]
+    )
 
 
 def set_clock(file: Path, microseconds: int) -> None:

@@ -28,15 +28,18 @@ async def disk(stage: Stage) -> None:
             await asyncio.sleep(stage.pick(0.7, 2.0, 5.0))
             make_room = _fill(stage, pids)
             stage.did("full disks")
-            refused = stage.report.refusals
-            before = sum(refused.values())
-            await stage.until(lambda before=before: sum(refused.values()) > before, "a refusal")  # type: ignore[misc]
+            await _refused(stage)
             await asyncio.sleep(stage.pick(0.5, 3.0, 10.0))
             make_room()
             await running
         await stage.healed()
     if not stage.report.refusals["StoreFull"] and not stage.report.refusals["StoreUnavailable"]:
         stage.violated("nobody was told that the disk was full")
+
+
+async def _refused(stage: Stage) -> None:
+    before = stage.report.refusals.total()
+    await stage.until(lambda: stage.report.refusals.total() > before, "a refusal")
 
 
 def _fill(stage: Stage, pids: list[int]) -> Callable[[], None]:
@@ -60,7 +63,12 @@ def _fill(stage: Stage, pids: list[int]) -> Callable[[], None]:
     limit = log.stat().st_size if log.exists() else 0
     for pid in pids:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (max(limit, 4096), resource.RLIM_INFINITY))
-    return lambda: [resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2) for pid in pids][0]  # type: ignore[func-returns-value]
+
+    def make_room() -> None:
+        for pid in pids:
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    return make_room
 
 
 def small_disk(folder: Path) -> Callable[[], None] | None:

@@ -41,12 +41,16 @@ class Fence:
     status: str
     old_progress: int
     progress: int
+    old_strikes: int
+    strikes: int
 
     @property
     def interrupts(self) -> bool:
-        """Whether a holder lost the run in the middle of its work: reaped, retired, or handed back as a stray."""
-        lost = self.old_owner is not None and self.owner != self.old_owner
-        return lost and self.old_status == "running" and self.status == "ready" and self.progress == self.old_progress
+        """Whether a holder lost the run in the middle of its work: reaped, retired, a stray, or struck."""
+        lost = self.old_owner is not None and self.owner != self.old_owner and self.old_status == "running"
+        return (
+            lost and self.progress == self.old_progress and (self.status == "ready" or self.strikes > self.old_strikes)
+        )
 
 
 @dataclass(kw_only=True)

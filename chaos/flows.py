@@ -1,4 +1,4 @@
-"""What the runs of all scenarios do. Every function of a step writes into the ledger of effects where it begins and ends.
+"""What the runs of all scenarios do. Every step's function writes into the ledger of effects where it begins and ends.
 
 A line of the ledger is one `write` to a file opened with O_APPEND: lines of several processes do not mix, and none is
 half there after a kill. So the ledger says what really happened, beside what the store says.
@@ -219,7 +219,7 @@ def eats_memory() -> None:
 
 
 def holds_the_interpreter(seconds: float) -> str:
-    """C code that keeps the interpreter's lock: no other thread of the process does anything, not even the heartbeat."""
+    """C code that keeps the interpreter's lock: no other thread of the process runs, not even the heartbeat's."""
     note("begin")
     ctypes.PyDLL(None).usleep(int(seconds * 1_000_000))
     note("end")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Final
+from typing import Any, Final
 
 from chaos.load import Load
 from chaos.stage import Stage
@@ -21,7 +21,7 @@ async def poison(stage: Stage) -> None:
     stage.tracebacks = True
     # Each death costs a process and each suspicion a run alone: more of them are more time, not more truth.
     times = stage.pick(1, 2, 10)
-    settings = {"busy": 0.5, "concurrency": 16}
+    settings: dict[str, Any] = {"busy": 0.5, "concurrency": 16, "hasty": stage.report.size == "short"}
     workers = await stage.workers(2, **settings)
     busy = True
 
@@ -52,7 +52,7 @@ async def poison(stage: Stage) -> None:
                 await load.start(workflow, id=f"{workflow}-{number}")
             for workflow in HARMLESS:
                 await load.start(workflow, id=f"{workflow}-{number}")
-        await load.run(stage.pick(2.0, 10.0, 60.0), stage.pick(10, 20, 50))
+        await load.run(stage.pick(1.0, 10.0, 60.0), stage.pick(10, 20, 50))
         at = time.monotonic()
         await stage.healed(stage.pick(60, 180, 900))
         stage.note(f"the last run was put aside or ended {time.monotonic() - at:.1f} s after the load")

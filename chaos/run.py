@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import random
 import shutil
 import sys
@@ -21,9 +22,11 @@ from pathlib import Path
 from typing import Final
 
 from chaos import clock, disk, foreign, poison, processes, versions
+from chaos.planted import PLANTED
 from chaos.sqlite import SQLiteBase
-from chaos.stage import Report, Scenario, Stage, Violated
+from chaos.stage import SIZES, Report, Scenario, Stage, Violated
 
+STORES: Final = ("sqlite",)
 SQLITE: Final = ("sqlite",)
 SCENARIOS: Final = (
     Scenario(name="kill", play=processes.kill),
@@ -35,11 +38,16 @@ SCENARIOS: Final = (
     Scenario(name="poison", play=poison.poison),
     Scenario(name="memory", play=poison.memory),
     Scenario(name="versions", play=versions.versions),
+    Scenario(name="migrations", play=versions.migrations),
     Scenario(name="disk", play=disk.disk),
     Scenario(name="clock", play=clock.clock),
-    Scenario(name="lock", play=foreign.lock, stores=SQLITE, why_not="a server lets several write at once"),
-    Scenario(name="moved", play=foreign.moved, stores=SQLITE, why_not="a server's store is no file of ours"),
+    Scenario(name="lock", play=foreign.lock, stores=SQLITE),
+    Scenario(name="moved", play=foreign.moved, stores=SQLITE),
 )
+PLAYABLE: Final = tuple(
+    (scenario.name, store) for store in STORES for scenario in SCENARIOS if store in scenario.stores
+)
+"""(scenario, store): everything there is to play."""
 
 
 async def played(scenario: Scenario, stage: Stage) -> None:
@@ -58,30 +66,42 @@ async def played(scenario: Scenario, stage: Stage) -> None:
     try:
         stage.audit()
     except Exception as error:
-        stage.violated(f"what it left cannot be read: {type(error).__name__}: {error}\n{traceback.format_exc(limit=-2)}")
+        stage.violated(
+            f"what it left cannot be read: {type(error).__name__}: {error}\n{traceback.format_exc(limit=-2)}"
+        )
     stage.report.seconds = time.monotonic() - began
 
 
 @contextmanager
-def staged(scenario: Scenario, store: str, size: str, seed: int, folder: Path) -> Iterator[Stage]:
+def staged(scenario: Scenario, folder: Path, report: Report) -> Iterator[Stage]:
     """The stage of one scenario in an empty folder, taken down at the end."""
-    report = Report(scenario=scenario.name, store=store, size=size, seed=seed)
     with ExitStack() as after:
         place = folder / "store"
         place.mkdir()
         if scenario.name == "disk" and (unmount := disk.small_disk(place)) is not None:
             after.callback(unmount)
-        stage = Stage(SQLiteBase(place), folder, report)
-        yield stage
+        # What the engine says in this very process, the client's.
+        log = logging.FileHandler(folder / "client.log")
+        after.callback(log.close)
+        logger = logging.getLogger("perdure")
+        logger.addHandler(log)
+        after.callback(logger.removeHandler, log)
+        yield Stage(SQLiteBase(place), folder, report)
 
 
-def run(scenario: Scenario, store: str, size: str, seed: int, *, keep: bool = False) -> Report:
-    """Play one scenario on one store; its report. keep: leave the folder of one that was violated."""
+def run(
+    scenario: Scenario, store: str, size: str, seed: int, *, planted: str | None = None, keep: bool = False
+) -> Report:
+    """Play one scenario on one store; its report.
+
+    planted: a bug for its workers. keep: leave its folder, with logs and ledger, and say where it is.
+    """
     folder = Path(tempfile.mkdtemp(prefix=f"perdure-chaos-{scenario.name}-"))
+    report = Report(scenario=scenario.name, store=store, size=size, seed=seed)
     try:
-        with staged(scenario, store, size, seed, folder) as stage:
+        with staged(scenario, folder, report) as stage:
+            stage.planted = planted
             asyncio.run(played(scenario, stage))
-            report = stage.report
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -91,15 +111,17 @@ def run(scenario: Scenario, store: str, size: str, seed: int, *, keep: bool = Fa
 
 
 def main(arguments: list[str]) -> int:
+    names = [each.name for each in SCENARIOS]
     parser = argparse.ArgumentParser(prog="make chaos", description="Real faults against real processes.")
-    parser.add_argument("--only", metavar="NAME", action="append", choices=[each.name for each in SCENARIOS])
-    parser.add_argument("--store", choices=("sqlite", "postgres"), help="only on this one; default: all that are found")
+    parser.add_argument("--only", metavar="NAME", action="append", choices=names, help=f"one of: {', '.join(names)}")
+    parser.add_argument("--store", choices=STORES, help="only on this one; default: all that are found")
     parser.add_argument("--seed", type=int, help="default: drawn, and printed")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--short", action="store_const", dest="size", const="short", help="seconds each, as in `make test`")
-    size.add_argument("--long", action="store_const", dest="size", const="long", help="hours: the literal list")
+    size.add_argument("--short", action="store_const", dest="size", const=SIZES[0], help="seconds each, as `make test`")
+    size.add_argument("--long", action="store_const", dest="size", const=SIZES[2], help="hours: the literal list")
     parser.add_argument("--json", action="store_true", help="one object per line")
     parser.add_argument("--keep", action="store_true", help="leave the folders, with logs and ledgers")
+    parser.add_argument("--planted", choices=PLANTED, help="a bug in all workers, to see that it is found")
     parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
     given = parser.parse_args(arguments)
     if given.list:
@@ -108,16 +130,18 @@ def main(arguments: list[str]) -> int:
         return 0
     seed = random.SystemRandom().randrange(1 << 32) if given.seed is None else given.seed
     print(f"seed {seed}", file=sys.stderr, flush=True)
-    violated = 0
-    for store in ("sqlite",):
-        for scenario in SCENARIOS:
-            if (given.only and scenario.name not in given.only) or (given.store and store != given.store):
-                continue
-            if store not in scenario.stores:
-                continue
-            report = run(scenario, store, given.size or "usual", seed, keep=given.keep)
-            violated += bool(report.violations)
-            print(report.json() if given.json else report.text(), flush=True)
+    by_name = {scenario.name: scenario for scenario in SCENARIOS}
+    violated = []
+    for name, store in PLAYABLE:
+        if (given.only and name not in given.only) or (given.store and store != given.store):
+            continue
+        size_ = given.size or SIZES[1]
+        report = run(by_name[name], store, size_, seed, planted=given.planted, keep=given.keep)
+        print(report.json() if given.json else report.text(), flush=True)
+        if report.violations:
+            violated.append(f"{name} on {store}")
+    if violated:
+        print(f"violated: {', '.join(violated)}; again with --seed {seed}", file=sys.stderr)
     return 1 if violated else 0
 
 

@@ -17,14 +17,15 @@ from perdure import SQLiteStore
 TRIGGERS: Final = """
 CREATE TABLE chaos_fence (
     run INTEGER, old_owner TEXT, owner TEXT, old_epoch INTEGER, epoch INTEGER, old_version INTEGER, version INTEGER,
-    old_status TEXT, status TEXT, old_progress INTEGER, progress INTEGER
+    old_status TEXT, status TEXT, old_progress INTEGER, progress INTEGER, old_strikes INTEGER, strikes INTEGER
 );
 CREATE TABLE chaos_event (run INTEGER, seq INTEGER, epoch INTEGER);
 CREATE TABLE chaos_broken (what TEXT);
 CREATE TABLE chaos_rows (run TEXT, step TEXT);
 CREATE TRIGGER chaos_started AFTER INSERT ON perdure_runs BEGIN
     INSERT INTO chaos_fence VALUES (
-        new.key, NULL, new.owner, 0, new.epoch, 0, new.version, '', new.status, 0, new.history_events + new.attempt
+        new.key, NULL, new.owner, 0, new.epoch, 0, new.version, '', new.status, 0, new.history_events + new.attempt,
+        0, new.strikes
     );
 END;
 CREATE TRIGGER chaos_changed AFTER UPDATE ON perdure_runs
@@ -32,7 +33,7 @@ WHEN old.owner IS NOT new.owner OR old.epoch <> new.epoch OR old.version <> new.
 BEGIN
     INSERT INTO chaos_fence VALUES (
         new.key, old.owner, new.owner, old.epoch, new.epoch, old.version, new.version, old.status, new.status,
-        old.history_events + old.attempt, new.history_events + new.attempt
+        old.history_events + old.attempt, new.history_events + new.attempt, old.strikes, new.strikes
     );
 END;
 CREATE TRIGGER chaos_event AFTER INSERT ON perdure_history BEGIN
@@ -71,6 +72,10 @@ class SQLiteBase:
         SQLiteStore(self.path).close()
         with self.connection() as db:
             db.executescript(TRIGGERS)
+
+    def fresh(self, number: int) -> str:
+        """The URL of a store that is not there yet."""
+        return f"sqlite:///{self.path.with_name(f'fresh-{number}.db')}"
 
     @contextmanager
     def connection(self) -> Iterator[sqlite3.Connection]:

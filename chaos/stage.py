@@ -37,6 +37,7 @@ class Base(Protocol):
     url: str
 
     def prepare(self) -> None: ...
+    def fresh(self, number: int) -> str: ...
     def ask(self, query: str) -> list[tuple[Any, ...]]: ...
     def now(self) -> int: ...
     def facts(self) -> facts.Facts: ...
@@ -101,6 +102,8 @@ class Stage:
         self.ledger.touch()
         self.tracebacks = False
         """Whether a traceback in a worker's log is what is to be expected."""
+        self.planted: str | None = None
+        """A bug for all its workers."""
         self.repeats: int | None = None
         """How many executions may be repeated at most, where a scenario knows."""
 
@@ -121,6 +124,8 @@ class Stage:
     def worker(self, *, url: str | None = None, **settings: Any) -> subprocess.Popen[bytes]:
         """Start a worker process; it serves some time later, see `serving`."""
         settings.setdefault("queues", ["default", "remote"])
+        if self.planted is not None:
+            settings["planted"] = self.planted
         said = self.folder / f"settings-{len(self.processes)}.json"
         said.write_text(json.dumps(settings), encoding="utf-8")
         with open(self.folder / "workers.log", "ab") as log:
@@ -196,13 +201,11 @@ class Stage:
         """Wait until all runs have ended, but those that are to stay open or were put aside."""
         at = time.monotonic()
         stay = len(self.promised.open)
-        query = "SELECT count(*) FROM {runs} WHERE ended_at IS NULL AND status <> 'quarantined'"
+        live = "FROM {runs} WHERE ended_at IS NULL AND status <> 'quarantined'"
         deadline = at + seconds
-        while (left := self.base.ask(query)[0][0]) > stay:
+        while (left := self.base.ask(f"SELECT count(*) {live}")[0][0]) > stay:
             if time.monotonic() > deadline:
-                some = self.base.ask(
-                    "SELECT id, workflow, status, waits FROM {runs} WHERE ended_at IS NULL AND status <> 'quarantined' LIMIT 5"
-                )
+                some = self.base.ask(f"SELECT id, workflow, status, waits {live} LIMIT 5")
                 self.violated(f"INV-23: {left} runs have not ended {seconds:g} s after the faults: {some}")
                 return
             await asyncio.sleep(0.05)
@@ -236,12 +239,11 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """A name, what it does, and on which kinds of store it has a meaning. why_not: what to say of the others."""
+    """A name, what it does, and on which kinds of store it has a meaning."""
 
     name: str
     play: Callable[[Stage], Awaitable[None]]
     stores: tuple[str, ...] = ("sqlite", "postgres")
-    why_not: str = ""
 
     @property
     def text(self) -> str:

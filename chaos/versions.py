@@ -10,8 +10,15 @@ from typing import Final
 from chaos.load import Load
 from chaos.stage import ROOT, Stage
 from perdure import Client
+from perdure.stores.opening import open_store
 
 OPENS: Final = "import sys; from perdure.stores.opening import open_store; open_store(sys.argv[1]).close()"
+OPENS_WHEN_TOLD: Final = (
+    "import sys; from perdure.stores.opening import open_store; print(); sys.stdout.flush(); sys.stdin.readline(); "
+    "open_store(sys.argv[1]).close()"
+)
+LONGEST: Final = 0.25
+"""Seconds that a migration takes at most; a process is killed at any moment of it."""
 
 
 async def versions(stage: Stage) -> None:
@@ -38,3 +45,27 @@ async def versions(stage: Stage) -> None:
     stage.note(f"an old process that is started after the migration: {said[0][:160]}")
     if opened.returncode and "StoreTooNew" not in said[0]:
         stage.violated(f"an old process met the newer tables with {said[0]}")
+
+
+async def migrations(stage: Stage) -> None:
+    """Processes are killed in the middle of a store's migrations: the next one finds it whole, or makes it so."""
+    whole = 0
+    for number in range(stage.pick(4, 30, 100)):
+        url = stage.base.fresh(number)
+        with subprocess.Popen(
+            [sys.executable, "-c", OPENS_WHEN_TOLD, url], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            await asyncio.to_thread(process.stdout.readline)
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            await asyncio.sleep(stage.chance.uniform(0, LONGEST))
+            whole += process.poll() == 0
+            stage.kill(process)
+        for again in range(2):
+            store = open_store(url)
+            if store.counts("default") != {}:
+                stage.violated(f"INV-8: a new store has runs after a killed migration ({again})")
+            store.close()
+    stage.note(f"{whole} of them had finished before they were killed")

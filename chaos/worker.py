@@ -3,6 +3,7 @@
 SETTINGS is a JSON object: the arguments of `Worker`, and beside them what is wrong with this process:
 
 busy        seconds of workflow code without rest
+hasty       code that never rests is tried again at once
 clock       a file that holds by how many microseconds the clock of the (SQLite) store is wrong, read at every use
 memory      bytes of address space
 heartless   it lives, but nobody can tell
@@ -30,6 +31,7 @@ from typing import Any
 from chaos import flows
 from perdure import Limits, SQLiteStore, Worker
 from perdure.stores.contract import Store
+from perdure.worker import residents
 from perdure.worker.lease import Heartbeat
 from perdure.worker.shift import Shift
 
@@ -90,6 +92,8 @@ async def main(url: str, ledger: str, settings: dict[str, Any]) -> int:
         become_newer()
     if settings.pop("heartless", False):
         Heartbeat.start = lambda self: None  # type: ignore[method-assign]
+    if settings.pop("hasty", False):
+        residents.FIRST_BACK_OFF = 10_000  # type: ignore[misc]  # a constant, for all but us
     if planted := settings.pop("planted", None):
         from chaos.planted import PLANTED
 
