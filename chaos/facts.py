@@ -45,6 +45,11 @@ class Fence:
     strikes: int
 
     @property
+    def strikes_it(self) -> bool:
+        """Whether it is the death of a holder, for which the run may be to blame."""
+        return self.old_owner is not None and self.strikes > self.old_strikes
+
+    @property
     def interrupts(self) -> bool:
         """Whether a holder lost the run in the middle of its work: reaped, retired, a stray, or struck."""
         lost = self.old_owner is not None and self.owner != self.old_owner and self.old_status == "running"
@@ -64,8 +69,8 @@ class Facts:
     """(run, seq) of an event -> the epoch under which it was written."""
     broken: list[str]
     """Changes that must never be seen at all."""
-    workers: dict[str, bool]
-    """incarnation -> whether the store has buried it."""
+    workers: dict[str, tuple[str, bool]]
+    """incarnation -> the name of its process, and whether the store has buried it."""
     mail: list[dict[str, Any]]
     orphans: list[str]
     """Rows that belong to no run."""

@@ -24,7 +24,7 @@ async def kill(stage: Stage) -> None:
     """Workers are killed at random under load, some of them while they are stopped."""
     chance = stage.chance
     seconds = stage.pick(4.0, 40.0, 600.0)
-    kills = stage.pick(6, 60, 10_000)
+    kills = stage.pick(6, 30, 10_000)
     workers = await stage.workers(3, **chance.choice(SETTINGS))
     busy = True
 

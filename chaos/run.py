@@ -121,13 +121,15 @@ def main(arguments: list[str]) -> int:
     size.add_argument("--long", action="store_const", dest="size", const=SIZES[2], help="hours: the literal list")
     parser.add_argument("--json", action="store_true", help="one object per line")
     parser.add_argument("--keep", action="store_true", help="leave the folders, with logs and ledgers")
-    parser.add_argument("--planted", choices=PLANTED, help="a bug in all workers, to see that it is found")
+    parser.add_argument("--planted", choices=PLANTED, help="a bug in all processes, to see that it is found")
     parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
     given = parser.parse_args(arguments)
     if given.list:
         for scenario in SCENARIOS:
             print(f"{scenario.name:<12} {', '.join(scenario.stores):<18} {scenario.text}")
         return 0
+    if given.planted:
+        PLANTED[given.planted]()  # here too: the client is one of ours
     seed = random.SystemRandom().randrange(1 << 32) if given.seed is None else given.seed
     print(f"seed {seed}", file=sys.stderr, flush=True)
     by_name = {scenario.name: scenario for scenario in SCENARIOS}

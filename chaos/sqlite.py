@@ -112,7 +112,10 @@ class SQLiteBase:
                 fences=fences,
                 epochs={(row[0], row[1]): row[2] for row in db.execute("SELECT run, seq, epoch FROM chaos_event")},
                 broken=[what for (what,) in db.execute("SELECT what FROM chaos_broken")],
-                workers={i: dead > 0 for i, dead in db.execute("SELECT incarnation, dead FROM perdure_workers")},
+                workers={
+                    incarnation: (name, dead > 0)
+                    for incarnation, name, dead in db.execute("SELECT incarnation, name, dead FROM perdure_workers")
+                },
                 mail=[dict(row) for row in db.execute("SELECT run, id, kind, unread FROM perdure_mail")],
                 orphans=[
                     f"{number} rows of {table} belong to no run"

@@ -161,6 +161,7 @@ class Stage:
         """SIGKILL, and wait for it."""
         process.kill()
         process.wait()
+        self.promised.killed.add(str(process.pid))
         self.did("kills")
 
     async def leave(self) -> None:
