@@ -69,7 +69,7 @@ coverage: $(READY) ## which lines the tests never reach
 
 lock: $(READY) ## write requirements/*.txt anew from pyproject.toml; UPGRADE=1 takes the newest of everything
 	$(LOCK) $(if $(UPGRADE),--upgrade) --group tools -o requirements/tools.txt
-	$(LOCK) $(if $(UPGRADE),--upgrade) --group dev --extra cli pyproject.toml -o requirements/dev.txt
+	$(LOCK) $(if $(UPGRADE),--upgrade) --group dev --extra cli --extra postgres pyproject.toml -o requirements/dev.txt
 	@for peer in $(wildcard requirements/bench-*.in); do $(LOCK) $(if $(UPGRADE),--upgrade) $$peer -o $${peer%.in}.txt; done
 
 setup: $(READY) ## only the set-up
