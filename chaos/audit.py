@@ -32,8 +32,10 @@ class Promised:
     """run id -> the stored result it must have"""
     deadly: set[str] = field(default_factory=set)
     """Runs that kill their workers: they end as quarantined, or not well."""
-    killed: set[str] = field(default_factory=set)
-    """Processes that the scenario killed: nobody can tell such a death from one that a run has caused."""
+    harmed: set[str] = field(default_factory=set)
+    """Processes that the scenario killed or stopped: nobody can tell that from what a run may do to them."""
+    clock_is_right: bool = True
+    """Whether the clock with which the ledger was written is that of the store, and never went back."""
     open: set[str] = field(default_factory=set)
     """Runs that still wait when the scenario ends."""
 
@@ -207,7 +209,7 @@ def _timers(facts: Facts, promised: Promised) -> Iterator[str]:
             time = due.get((key, str(event.get("step"))))
             if time is not None and "at" in event and event["at"] < time:
                 yield f"{_id(facts, key)} went on {time - event['at']} us before its timer"
-    for line in facts.begun:
+    for line in facts.begun if promised.clock_is_right else ():
         time = due.get((facts.keys[line.run], line.step))
         if time is not None and line.at < time:
             yield f"step {line.step} of {line.run} began {time - line.at} us before its timer"
@@ -278,9 +280,9 @@ CHECKERS: Final[dict[str, Checker]] = {
 
 
 def _only_hit(facts: Facts, promised: Promised, key: int) -> bool:
-    """Whether all strikes of a run come from processes that the scenario killed, however unlikely that is."""
+    """Whether all strikes of a run come from processes that the scenario harmed, however unlikely that is."""
     owners = [fence.old_owner for fence in facts.fences.get(key, ()) if fence.strikes_it]
-    return all(facts.workers[owner][0] in promised.killed for owner in owners if owner is not None) and bool(owners)
+    return all(facts.workers[owner][0] in promised.harmed for owner in owners if owner is not None) and bool(owners)
 
 
 def _id(facts: Facts, key: int) -> str:

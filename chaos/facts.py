@@ -24,6 +24,8 @@ class Line:
     pid: int
     epoch: int
     at: int
+    mono: float
+    """By a clock that nobody sets."""
 
 
 @dataclass(frozen=True, kw_only=True)

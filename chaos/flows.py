@@ -46,6 +46,7 @@ def note(what: str) -> None:
         "pid": os.getpid(),
         "epoch": Ledger.epoch(info.run_id, info.id),
         "at": Ledger.clock(),
+        "mono": time.monotonic(),
     }
     os.write(Ledger.file, json.dumps(line).encode() + b"\n")
 

@@ -67,6 +67,7 @@ async def pause(stage: Stage) -> None:
             await asyncio.sleep(LEASE + 0.5 + chance.uniform(0, 0.5))
             victim.send_signal(signal.SIGCONT)
             stage.did("pauses")
+            stage.promised.harmed.add(str(victim.pid))
             await asyncio.sleep(chance.uniform(0, 0.5))
 
     async with Client(stage.base.url) as client:

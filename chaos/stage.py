@@ -161,7 +161,7 @@ class Stage:
         """SIGKILL, and wait for it."""
         process.kill()
         process.wait()
-        self.promised.killed.add(str(process.pid))
+        self.promised.harmed.add(str(process.pid))
         self.did("kills")
 
     async def leave(self) -> None:
