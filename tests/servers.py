@@ -1,4 +1,4 @@
-"""Real database servers for tests: found, started, killed and stopped. `python -m tests.servers --help` starts one by hand.
+"""Real database servers for tests: found, started, killed and stopped. By hand: `python -m tests.servers --help`.
 
 Where one is found: a URL in PERDURE_TEST_POSTGRES_URL, else the binaries installed on the system, else those that the
 development wheel brings. A server of ours has a private folder, listens on a socket there and on a free port of

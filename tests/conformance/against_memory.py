@@ -24,6 +24,7 @@ from perdure.core.turn import (
     Claim,
     ParentLink,
     Query,
+    Retention,
     Send,
     Start,
     Turn,
@@ -138,6 +139,18 @@ class AgainstMemory(RuleBasedStateMachine):
     @rule(worker=st.sampled_from(WORKERS))
     def retire(self, worker: str) -> None:
         self.both(lambda store: store.retire(worker))
+
+    @rule(
+        seconds=st.sampled_from([0, 1, 5]),
+        statuses=st.sampled_from([[], ["completed"], ["failed", "terminated"]]),
+        workflow=st.sampled_from([None, None, "orders"]),
+        limit=st.integers(1, 3),
+        dry_run=chance,
+    )
+    def prune(self, seconds: int, **wanted: Any) -> None:
+        """To the end: how far one call comes is the store's own affair."""
+        asked = Retention(namespace=NAMESPACE, ended_before=self.clock() - seconds * SECOND, **wanted)
+        assert pruned(self.real, asked) == pruned(self.model, asked)
 
     @rule(seconds=st.sampled_from([1, 1, 5, 20]))
     def advance(self, seconds: int) -> None:
@@ -317,6 +330,15 @@ class AgainstMemory(RuleBasedStateMachine):
 
     def keys_of(self, rows: Sequence[Any]) -> list[int]:
         return [self.known[row.key] for row in rows]
+
+
+def pruned(store: Store, asked: Retention) -> int:
+    answer = store.prune(asked)
+    count = answer.runs
+    while answer.after is not None:
+        answer = store.prune(replace(asked, after=answer.after))
+        count += answer.runs
+    return count
 
 
 def outcome(call: Callable[[Store], Any], store: Store) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,3 +27,6 @@ class TestSQLiteStore(StoreConformance):
     def reopen(self, store: Store) -> Store:
         store.close()
         return SQLiteStore(str(self.path), clock=self.clock_of_the_store)
+
+    def connect(self, store: Store) -> sqlite3.Connection:
+        return sqlite3.connect(self.path)

@@ -28,6 +28,8 @@ PerdureError
 │   ├── StoreReadOnly
 │   ├── StoreTooNew
 │   ├── StoreCorrupt
+│   ├── NoTransactions            it cannot work in one transaction with steps and callers
+│   ├── RolledBack                a step's transaction was rolled back before its commit
 │   └── NotAStore
 ├── NonRetryable                  raised by a step's function: do not try again
 └── RetryAfter                    raised by a step's function: try again, not before .delay has passed
@@ -61,6 +63,7 @@ __all__ = [
     "IdempotencyConflict",
     "LimitExceeded",
     "NeverRests",
+    "NoTransactions",
     "NonDeterminismError",
     "NonRetryable",
     "NotAStore",
@@ -68,6 +71,7 @@ __all__ = [
     "PerdureError",
     "Refused",
     "RetryAfter",
+    "RolledBack",
     "RunCancelled",
     "RunEnded",
     "RunExists",
@@ -568,6 +572,32 @@ class StoreTooNew(StoreError):
 
 class StoreCorrupt(StoreError):
     """What is stored is damaged."""
+
+
+class NoTransactions(StoreError):
+    """This kind of store cannot work in one transaction with a step or a caller."""
+
+    @classmethod
+    def of(cls, what: str, *, store: str) -> NoTransactions:
+        """What was asked of which store."""
+        return cls(
+            f"{what} needs a store with transactions, and {store} has none. Effect and record could not be one commit. "
+            "Use SQLite or PostgreSQL, or an ordinary step whose function is safe to repeat.",
+            store=store,
+        )
+
+
+class RolledBack(StoreError):
+    """A step's transaction was rolled back before its commit: nothing of it was kept.
+
+    seconds: the store's limit of time, if that was why.
+    """
+
+    seconds: float | None
+
+    def __init__(self, text: str, *, seconds: float | None = None, store: str = "") -> None:
+        self.seconds = seconds
+        super().__init__(text, store=store)
 
 
 class NotAStore(StoreError):

@@ -191,6 +191,23 @@ class Query(_Fact, frozen=True, kw_only=True):
     cursor: Key | None = None
 
 
+class Retention(_Fact, frozen=True, kw_only=True):
+    """Ended runs that need not be kept any longer, and how much of that one call does.
+
+    ended_before: microseconds; statuses: ended ones, none for all of them. workflow: only runs of it.
+    limit: runs removed at most; a call also removes about 1,000 events at most, so that nobody waits long for it.
+    after: the key after which to look, 0 to begin; `Pruned` says where to go on. dry_run: only count.
+    """
+
+    namespace: str
+    ended_before: int
+    statuses: Sequence[str] = ()
+    workflow: str | None = None
+    limit: int = 100
+    after: Key = 0
+    dry_run: bool = False
+
+
 # --- answered -----------------------------------------------------------------------------------------
 
 
@@ -360,3 +377,10 @@ class Reaped(_Fact, frozen=True, kw_only=True):
 
     workers: int = 0
     runs: int = 0
+
+
+class Pruned(_Fact, frozen=True, kw_only=True):
+    """What one call of `prune` did: runs removed (or counted). after: where the next call goes on; None: at the end."""
+
+    runs: int = 0
+    after: Key | None = None

@@ -26,7 +26,7 @@ from perdure.core.limits import Limits, check_id
 from perdure.core.match import CANCELLED, DONE, Line, Op
 from perdure.core.retry import duration, instant, micros, moment
 from perdure.runtime import steps
-from perdure.runtime.loop import RunFuture, RunLoop
+from perdure.runtime.loop import RunLoop, StepWait
 from perdure.runtime.registry import Activity, Workflow
 from perdure.runtime.steps import NO_OPTIONS, Options, call_site
 
@@ -263,32 +263,6 @@ gc.callbacks.append(_collector)
 # --- waiting, async ------------------------------------------------------------------------------------
 
 
-class _StepFuture(RunFuture):
-    """What a task awaits in `run`: cancelling it gives the step up."""
-
-    __slots__ = ("op",)
-
-    op: Op
-
-    def cancel(self, msg: Any = None) -> bool:
-        if self.done():
-            return False
-        loop: RunLoop = self._loop  # type: ignore[assignment]  # futures of ours are made by our loop
-        loop.line.cancel(self.op)
-        return super().cancel(msg)
-
-    def settle(self, op: Op) -> None:
-        """The step has ended: so does the wait for it."""
-        if self.done():
-            return
-        if op.error is not None:
-            self.set_exception(op.error)
-        elif op.state == CANCELLED:
-            RunFuture.cancel(self)
-        else:
-            self.set_result(op.value)
-
-
 class Operation(Coroutine[Any, Any, T]):
     """A durable operation that was asked for and waits to be awaited; passes for a coroutine."""
 
@@ -314,20 +288,20 @@ class Operation(Coroutine[Any, Any, T]):
         self._begun = True
         op = self._op
         loop = self._loop
-        if loop.line.dead:
+        line = loop.line
+        if line.dead:
             if loop.held:
-                return loop.create_future().__await__()
-            raise Evicted(f"Run {loop.line.run_id} has left memory.")
+                yield from loop.create_future()
+            raise Evicted(f"Run {line.run_id} has left memory.")
         if not loop.inside:
             raise RuntimeError(f'The operation "{op.id}" was awaited outside its workflow. Await it in the body.')
-        future = _StepFuture(loop=loop)
-        future.op = op
-        loop.line.begin(op)
-        if op.state >= DONE:
-            future.settle(op)
-        else:
-            op.waiters.append(future.settle)
-        return future.__await__()
+        wait = StepWait(op, loop)
+        line.begin(op)
+        if op.state < DONE:
+            op.waiters.append(wait.settle)
+            yield wait
+        result: T = wait.result()
+        return result
 
     def send(self, value: Any) -> Any:
         if self._iterator is None:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final, NoReturn
 
 from perdure.core.errors import NeverRests
-from perdure.core.match import Line
+from perdure.core.match import CANCELLED, Line, Op
 from perdure.core.retry import LONGEST
 
 log = logging.getLogger("perdure.runtime")
@@ -53,6 +53,59 @@ class RunFuture(asyncio.Future):  # type: ignore[type-arg]
 
     def __eq__(self, other: object) -> bool:
         return self is other
+
+
+class StepWait:
+    """What a task awaits in `run`: future enough for asyncio's Task, and the handle that wakes it, in one object.
+
+    Cancelling it gives the step up.
+    """
+
+    __slots__ = ("_asyncio_future_blocking", "_callback", "_context", "given_up", "loop", "op")
+
+    _cancelled = False
+
+    def __init__(self, op: Op, loop: RunLoop) -> None:
+        self.op = op
+        self.loop = loop
+        self.given_up: tuple[Any, ...] | None = None
+        self._asyncio_future_blocking = True  # how a task knows that it is awaited, not just yielded
+        self._callback: Any = None
+
+    def get_loop(self) -> RunLoop:
+        """The loop of its run."""
+        return self.loop
+
+    def add_done_callback(self, callback: Any, *, context: contextvars.Context) -> None:
+        """Wake a task when the step has ended. A task asks once, right after it was given this."""
+        self._callback = callback
+        self._context = context
+        if self.given_up is not None:
+            self.loop.ready.append(self)
+
+    def settle(self, op: Op) -> None:
+        """The step has ended: so does the wait for it."""
+        if self._callback is not None and self.given_up is None:
+            self.loop.ready.append(self)
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Give the step up; False if it has ended."""
+        if self.given_up is not None or self.op.over:
+            return False
+        self.loop.line.cancel(self.op)
+        self.given_up = () if msg is None else (msg,)
+        if not self.op.over and self._callback is not None:
+            self.loop.ready.append(self)
+        return True
+
+    def result(self) -> Any:
+        """The step's value; its error is raised."""
+        op = self.op
+        if op.error is not None:
+            raise op.error
+        if op.state == CANCELLED or self.given_up is not None:
+            raise asyncio.CancelledError(*(self.given_up or ()))
+        return op.value
 
 
 class RunTask(asyncio.Task):  # type: ignore[type-arg]
@@ -92,7 +145,7 @@ class RunLoop(asyncio.AbstractEventLoop):
     def __init__(self, line: Line, started_at: int) -> None:
         self.line = line
         self.started_at = started_at
-        self.ready: deque[asyncio.Handle] = deque()
+        self.ready: deque[asyncio.Handle | StepWait] = deque()
         self.tasks: dict[RunTask, None] = {}
         self.prune_at = 64
         self.count = 0
@@ -134,11 +187,14 @@ class RunLoop(asyncio.AbstractEventLoop):
         before = self.enter()
         try:
             while ready:
-                handle = ready.popleft()
+                handle: Any = ready.popleft()
                 if handle._cancelled:
                     continue
                 try:
-                    handle._context.run(handle._callback, *handle._args)  # type: ignore[attr-defined]
+                    if type(handle) is StepWait:
+                        handle._context.run(handle._callback, handle)
+                    else:
+                        handle._context.run(handle._callback, *handle._args)
                 except (KeyboardInterrupt, SystemExit):
                     # The task has kept it as its outcome; a real interrupt of the process comes again.
                     pass

@@ -29,13 +29,26 @@ process writes (the committer), any thread may read. Its clock decides every tim
     `Taken` before anything is compared. A key is free again when its `idempotency_until` has come.
 11. Nothing is readable, writable or countable across namespaces, except by key.
 12. Driver errors are raised as `StoreError`s, with the driver's own as their cause.
+13. A store with `transactions` opens one of its own database for a step: `transaction` begins and fences, exactly
+    as a turn is fenced, before anything else happens. What is done with its connection, the fence and the events
+    given to `commit` are one commit, or nothing. A turn already applied answers `Committed` and opens nothing. Nobody
+    but `commit` ends it well: the connection refuses to commit, and after `roll_back`, or the store's own limit of
+    time, it refuses everything.
+14. `write_on` writes a batch of starts and sends inside a transaction that the caller has open on the store's own
+    database: rolled back means never happened. It neither commits nor waits for other writers by itself; workers see
+    it after the caller's commit.
+15. `prune` removes ended runs with everything that is kept of them: row, history, mail, input, idempotency keys.
+    Never a live run, nor a run that a live one may still ask about: a child that ends with its parent stays while the
+    parent lives, a parent while any of its children does. A key is never used again; an id is free again. Between two
+    calls a run is there or not; of a large one the newest events may have gone before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+from perdure.core.errors import RolledBack
 from perdure.core.turn import (
     Announced,
     Announcement,
@@ -45,11 +58,43 @@ from perdure.core.turn import (
     Key,
     Lease,
     Mail,
+    Pruned,
     Query,
     Reaped,
+    Retention,
     Row,
+    Turn,
+    TurnVerdict,
     Verdict,
 )
+
+
+class OpenTransaction(Protocol):
+    """A step's transaction: begun and fenced, nothing of it visible to others (promise 13)."""
+
+    @property
+    def connection(self) -> Any:
+        """What the step's function works with: a `sqlite3.Connection`, a `psycopg.Connection`."""
+
+    @property
+    def gone(self) -> RolledBack | None:
+        """Why it is over before its commit: the store's limit of time, or somebody's `roll_back`; else None."""
+
+    def commit(self, events: Sequence[str]) -> None:
+        """Record these events, from the turn's `first_seq` on, and commit everything.
+
+        `RolledBack` if `roll_back` or the limit of time came first. `StoreError`: whether it is written is not known;
+        ask with the same turn again. Any other error is the function's: its work could not be committed.
+        """
+
+    def roll_back(self) -> None:
+        """End it without a trace, also from another thread while the function runs. Twice is once.
+
+        Once more from the thread that began it, when the function has returned: so its connection is given back.
+        """
+
+    def repeats(self, error: BaseException) -> bool:
+        """Whether this error, of the function or of `commit`, says that the same work would succeed if done again."""
 
 
 class Store(Protocol):
@@ -61,6 +106,9 @@ class Store(Protocol):
     durability: str
     """`D3` (survives power loss), `D2` (a process crash) or `D1` (memory)."""
 
+    transactions: bool
+    """Whether steps and callers can work in one transaction with it; without, `transaction` and `write_on` refuse."""
+
     def now(self) -> int:
         """The store's clock, in microseconds since the epoch, UTC; a lower bound if it is far away."""
 
@@ -68,6 +116,23 @@ class Store(Protocol):
 
     def write(self, batch: Batch) -> list[Verdict]:
         """Write one batch in one transaction (promises 1 to 6)."""
+
+    def transaction(self, turn: Turn) -> OpenTransaction | TurnVerdict:
+        """Begin a transaction for a step and fence it by this turn, or answer why not (promise 13).
+
+        turn: what the row says after it; without events, starts, sends and consumed mail. Until `commit` or
+        `roll_back` nothing else of this process may wait for it in the same thread.
+        """
+
+    def write_on(self, connection: Any, batch: Batch) -> list[Verdict]:
+        """Write starts and sends inside the caller's own transaction (promise 14). No start in it has an owner.
+
+        `TypeError` for a connection of another kind, `ValueError` for one to another database, or without an open
+        transaction where none would begin by itself.
+        """
+
+    def prune(self, retention: Retention) -> Pruned:
+        """Remove a small batch of ended runs (promise 15)."""
 
     def claim(self, claim: Claim) -> list[Head]:
         """Take runs, most urgent first (the greatest priority), oldest first among equals (promise 7)."""

@@ -14,11 +14,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from msgspec.structs import replace
 
-from perdure.core.errors import StoreError
+from perdure.core.errors import NoTransactions, StoreError
 from perdure.core.status import MOVES, Status, may_become
 from perdure.core.turn import (
     Address,
@@ -42,8 +42,10 @@ from perdure.core.turn import (
     MoreMail,
     NotFound,
     ParentLink,
+    Pruned,
     Query,
     Reaped,
+    Retention,
     Row,
     Send,
     SendVerdict,
@@ -95,6 +97,7 @@ class MemoryStore:
 
     url: str = "memory://"
     durability: str = "D1"
+    transactions: bool = False
 
     def __init__(self, *, clock: Callable[[], int] | None = None) -> None:
         self._clock = clock or (lambda: time.time_ns() // 1000)
@@ -299,6 +302,52 @@ class MemoryStore:
     def _newest_of(self, namespace: str, id: str) -> _Run | None:
         key = self._newest.get((namespace, id))
         return None if key is None else self._runs[key]
+
+    def transaction(self, turn: Turn) -> TurnVerdict:
+        raise NoTransactions.of("A transaction step", store=self.url)
+
+    def write_on(self, connection: Any, batch: Batch) -> list[Verdict]:
+        raise NoTransactions.of("options(connection=…)", store=self.url)
+
+    def prune(self, retention: Retention) -> Pruned:
+        with self._transaction():
+            if retention.limit <= 0:
+                return Pruned(after=retention.after)
+            wanted = [
+                key
+                for key in sorted(self._runs)
+                if key > retention.after and self._may_go(self._runs[key].row, retention)
+            ]
+            if not retention.dry_run:
+                for key in wanted[: retention.limit]:
+                    self._remove(key)
+            gone = wanted[: retention.limit]
+            return Pruned(runs=len(gone), after=gone[-1] if len(wanted) > len(gone) else None)
+
+    def _may_go(self, row: Row, retention: Retention) -> bool:
+        if row.namespace != retention.namespace or row.ended_at is None or row.ended_at >= retention.ended_before:
+            return False
+        if retention.workflow not in (None, row.workflow):
+            return False
+        if retention.statuses and row.status not in retention.statuses:
+            return False
+        parent = self._runs.get(row.parent) if row.parent is not None else None
+        if parent is not None and parent.row.ended_at is None and row.parent_close == "cancel":
+            return False
+        return all(self._runs[child].row.ended_at is not None for child in self._children.get(row.key, {}).values())
+
+    def _remove(self, key: Key) -> None:
+        row = self._runs.pop(key).row
+        if self._newest.get((row.namespace, row.id)) == key:
+            del self._newest[row.namespace, row.id]
+        self._idempotency = {place: kept for place, kept in self._idempotency.items() if kept[0] != key}
+        for child in self._children.pop(key, {}).values():
+            # It keeps its link, which no run answers any more.
+            self._runs[child].row = replace(self._runs[child].row, parent_id=None)
+        if row.parent is not None and row.parent_step is not None and row.parent in self._children:
+            siblings = self._children[row.parent]
+            if siblings.get(row.parent_step) == key:
+                del siblings[row.parent_step]
 
     def claim(self, claim: Claim) -> list[Head]:
         with self._transaction():

@@ -11,7 +11,10 @@ import contextvars
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+import types
+from collections import deque
+from collections.abc import Callable, Generator
+from types import CoroutineType
 from typing import Any, Final
 
 from perdure.runtime.context import step_key
@@ -120,54 +123,116 @@ class Execution:
 
 
 class Executor:
-    """Runs functions for a worker: async ones as tasks of its loop, sync ones in its threads."""
+    """Runs functions for a worker: async ones in tasks of its loop, sync ones in its threads.
+
+    A task takes one async function after another, as long as each ends without having to wait; one that waits
+    keeps its task, and another task goes on with the rest. So a step that does not wait costs no task of its own.
+    """
 
     def __init__(self, loop: Any, threads: BodyThreads) -> None:
         self.loop = loop
         self.threads = threads
+        self._jobs: deque[Execution] = deque()
+        self._runner_due = False
+        self._ended: deque[tuple[Execution, Any, BaseException | None]] = deque()
+        self._tell_due = False
         self._tasks: set[Any] = set()
         self._waiting: list[tuple[Callable[[], None], Execution]] = []
         self.in_threads = 0
 
     def begin(self, execution: Execution) -> None:
         """Run the execution's function where it belongs."""
-        call = execution.call
-        if is_async(call.fn):
-            call.context.copy().run(self._begin_task, execution)
+        if is_async(execution.call.fn):
+            self._jobs.append(execution)
+            if not self._runner_due:
+                self._more_runners()
         else:
             self.in_thread(self.job(execution), execution)
 
-    def _begin_task(self, execution: Execution) -> None:
-        call = execution.call
-        _current.set(execution.info)
-        try:
-            coroutine = call.fn(*call.args, **call.kwargs)
-        except BaseException as error:
-            self.loop.call_soon(execution.report, None, error)
-            return
-        self._follow(execution, coroutine)
+    def forget(self) -> None:
+        """What has not begun never will."""
+        self._jobs.clear()
 
-    def _follow(self, execution: Execution, awaitable: Any) -> None:
-        task = self.loop.create_task(_awaited(awaitable))
+    def _more_runners(self) -> None:
+        self._runner_due = True
+        self.loop.create_task(self._run_jobs())
+
+    async def _run_jobs(self) -> None:
+        """What one task does: functions, until there is none, or it was cancelled by a stranger."""
+        self._runner_due = False
+        jobs = self._jobs
+        while jobs:
+            execution = jobs.popleft()
+            if execution.abandoned:
+                continue
+            context = execution.call.context.copy()
+            try:
+                coroutine, wanted = context.run(_begun, execution)
+            except StopIteration as stop:
+                self._end(execution, stop.value, None)
+            except (Exception, asyncio.CancelledError, SystemExit) as error:
+                # `sys.exit()` is the step's failure, not the end of the worker, as asyncio would have it.
+                self._end(execution, None, error)
+            else:
+                await self._rest(execution, _resting(coroutine, wanted, context))
+
+    async def _rest(self, execution: Execution, resting: Any) -> None:
+        """The rest of a function that has to wait."""
+        task = asyncio.current_task(self.loop)
+        assert task is not None
         execution.task = task
         self._tasks.add(task)
-        task.add_done_callback(functools.partial(self._ended, execution, awaitable))
+        if self._jobs and not self._runner_due:
+            self._more_runners()
+        value: Any = None
+        error: BaseException | None = None
+        try:
+            value = await resting
+        except (Exception, asyncio.CancelledError, SystemExit) as caught:
+            error = caught
+        finally:
+            execution.task = None
+            self._tasks.discard(task)
+        self._end(execution, value, error)
+        if isinstance(error, asyncio.CancelledError) and not execution.abandoned:
+            # Not by us: whoever cancels every task of the loop means this one too.
+            raise error
+        if hasattr(task, "uncancel"):
+            while task.cancelling():
+                task.uncancel()
 
-    def _ended(self, execution: Execution, awaitable: Any, task: Any) -> None:
-        self._tasks.discard(task)
-        execution.task = None
-        if task.cancelled():
-            if inspect.iscoroutine(awaitable):
-                # Cancelled before its first step, it would warn that it was never awaited.
-                awaitable.close()
+    def _end(self, execution: Execution, value: Any, error: BaseException | None) -> None:
+        """Have an end reported, together with those that come with it, outside of any task."""
+        if isinstance(error, asyncio.CancelledError):
             # Not by us, or nobody wants it: a step that is cancelled from inside has failed.
-            execution.report(None, asyncio.CancelledError("the step's task was cancelled"))
-            return
-        error = task.exception()
-        value: Any = None if error is not None else task.result()
-        if isinstance(value, _Left):
-            value, error = None, value.error
-        execution.report(value, error)
+            error = asyncio.CancelledError("the step's task was cancelled")
+        self._ended.append((execution, value, error))
+        if not self._tell_due:
+            self._tell_due = True
+            self.loop.call_soon(self._tell)
+
+    def _tell(self) -> None:
+        self._tell_due = False
+        ended = self._ended
+        try:
+            while ended:
+                execution, value, error = ended.popleft()
+                execution.report(value, error)
+        finally:
+            if ended and not self._tell_due:
+                self._tell_due = True
+                self.loop.call_soon(self._tell)
+
+    def _follow(self, execution: Execution, awaitable: Any) -> None:
+        """Await what a sync function has returned, in the context that is current."""
+        self.loop.create_task(self._followed(execution, awaitable))
+
+    async def _followed(self, execution: Execution, awaitable: Any) -> None:
+        if not execution.abandoned:
+            await self._rest(execution, awaitable)
+        elif inspect.iscoroutine(awaitable):
+            # It would warn that it was never awaited.
+            awaitable.close()
 
     async def leave_behind(self, patience: float) -> None:
         """Let tasks that were cancelled end; those that ignore it no longer hold the loop up, or its end."""
@@ -246,18 +311,40 @@ class Executor:
             log.debug("a step ended after its engine was closed")
 
 
-class _Left:
-    """A step called `sys.exit()`: its failure, not the end of the worker, as asyncio would have it."""
+def _begun(execution: Execution) -> tuple[Any, Any]:
+    """Call a step's async function and run it until it waits; StopIteration with its value if it never does.
 
-    def __init__(self, error: SystemExit) -> None:
-        self.error = error
+    The coroutine, and what it waits for.
+    """
+    call = execution.call
+    _current.set(execution.info)
+    coroutine = call.fn(*call.args, **call.kwargs)
+    if type(coroutine) is not CoroutineType:
+        coroutine = _awaited(coroutine)
+    return coroutine, coroutine.send(None)
+
+
+@types.coroutine
+def _resting(coroutine: Any, wanted: Any, context: contextvars.Context) -> Generator[Any, Any, Any]:
+    """Drives a coroutine that waits for something, in its own context; passes for what is awaited."""
+    while True:
+        try:
+            value = yield wanted
+        except GeneratorExit:
+            context.run(coroutine.close)
+            raise
+        except BaseException as error:
+            act, given = coroutine.throw, error
+        else:
+            act, given = coroutine.send, value
+        try:
+            wanted = context.run(act, given)
+        except StopIteration as stop:
+            return stop.value
 
 
 async def _awaited(awaitable: Any) -> Any:
-    try:
-        return await awaitable
-    except SystemExit as error:
-        return _Left(error)
+    return await awaitable
 
 
 DEFAULT_THREADS: Final = 32

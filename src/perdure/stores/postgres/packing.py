@@ -51,6 +51,11 @@ def texts(values: Sequence[str | None]) -> bytes:
     count = len(values)
     if not count:
         return _EMPTY["text"]
+    first = values[0]
+    if first == values[-1] and values.count(first) == count:
+        # Most columns of a batch hold the same for every row: the owner, the queue, the status.
+        element = _NULL if first is None else _LENGTH(len(first.encode())) + first.encode()
+        return _HEADER.pack(1, 1, 25, count, 1) + element * count
     length = _LENGTH
     parts = [_HEADER.pack(1, 1, 25, count, 1)]
     append = parts.append

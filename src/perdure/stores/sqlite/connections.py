@@ -8,7 +8,7 @@ import os
 import sqlite3
 import stat
 from sqlite3 import Connection
-from typing import Final
+from typing import Any, Final
 from urllib.parse import quote
 
 from perdure.core.errors import NotAStore, StoreReadOnly, StoreUnavailable, quoted
@@ -88,15 +88,18 @@ def check_path(path: str, url: str, *, create: bool) -> None:
         raise _read_only(url)
 
 
-def connect(path: str, *, busy_timeout: float, durability: str, writes: bool) -> Connection:
+def connect(
+    path: str, *, busy_timeout: float, durability: str, writes: bool, factory: type[Connection] = Connection
+) -> Any:
     """A connection to an existing file, set as all of ours are."""
-    db = sqlite3.connect(
+    db: Connection = sqlite3.connect(
         f"file:{quote(path)}?mode=rw",
         uri=True,
         timeout=busy_timeout,
         isolation_level=None,
         check_same_thread=False,  # one thread at a time uses it, not always the same one
         cached_statements=512,
+        factory=factory,
     )
     try:
         db.execute("PRAGMA mmap_size = 0")

@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from importlib import resources
-from sqlite3 import Connection
-from typing import Any, Final
+from sqlite3 import Cursor
+from typing import Any, Final, Protocol
 
 _NAME: Final = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
 _FRAGMENT: Final = re.compile(r"/\* (\w+) \*/")
@@ -41,6 +41,13 @@ SIZES: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _NEXT_SIZE: Final = tuple(next(size for size in SIZES if size >= max(rows, 1)) for rows in range(SIZES[-1] + 1))
 
 
+class Database(Protocol):
+    """What statements are executed on: a connection of ours, or one that was handed in (`borrowed.Plain`)."""
+
+    def execute(self, statement: str, parameters: Sequence[Any] = ..., /) -> Cursor:
+        """As `sqlite3.Connection.execute`; rows are tuples."""
+
+
 class Rows:
     """A statement over many rows of parameters."""
 
@@ -55,7 +62,7 @@ class Rows:
     def text(self, rows: int) -> str:
         return self._text[rows]
 
-    def run(self, db: Connection, values: list[Any], *, last: Sequence[Any] = ()) -> int:
+    def run(self, db: Database, values: list[Any], *, last: Sequence[Any] = ()) -> int:
         """Execute over flat `values`, `width` of them to a row; how many rows of the database it touched.
 
         last: parameters that stand behind the rows in the text.
@@ -66,7 +73,7 @@ class Rows:
             return self._once(db, values, last)
         return sum(self._once(db, values[at : at + full], last) for at in range(0, len(values), full))
 
-    def _once(self, db: Connection, values: list[Any], last: Sequence[Any]) -> int:
+    def _once(self, db: Database, values: list[Any], last: Sequence[Any]) -> int:
         width = self.width
         rows = len(values) // width
         size = _NEXT_SIZE[rows]

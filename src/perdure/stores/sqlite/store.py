@@ -30,14 +30,20 @@ from perdure.core.turn import (
     Key,
     Lease,
     Mail,
+    Pruned,
     Query,
     Reaped,
+    Retention,
     Row,
+    Turn,
+    TurnVerdict,
     Verdict,
 )
-from perdure.stores.sqlite import connections, migrations, place
+from perdure.stores.sqlite import connections, migrations, place, pruning
+from perdure.stores.sqlite.borrowed import borrowed
 from perdure.stores.sqlite.errors import locked, ours
 from perdure.stores.sqlite.queries import SQL, Rows
+from perdure.stores.sqlite.transaction import StepConnection, Steps, StepTransaction
 from perdure.stores.sqlite.writing import Short, Unfit, Writing
 
 CHUNK: Final = 256  # events of a history that are read in one piece
@@ -71,6 +77,7 @@ class SQLiteStore:
 
     url: str
     durability: str
+    transactions: bool = True
 
     def __init__(
         self,
@@ -111,6 +118,8 @@ class SQLiteStore:
         self._heard: dict[str, _Heard] = {}
         self._position: dict[str, int] = {}
 
+        self._steps: Final = Steps(self.url, connect=self._connect_for_step, gate=self._passage, clock=self._clock)
+
         connections.check_path(self._path, self.url, create=create)
         self._place = place.enter(self._path, self)
         try:
@@ -149,6 +158,31 @@ class SQLiteStore:
                 self._place.bell.ring()
             return verdicts
         raise AssertionError("a batch written one by one has verdicts or an error")
+
+    def transaction(self, turn: Turn) -> StepTransaction | TurnVerdict:
+        return self._steps.begin(turn)
+
+    def write_on(self, connection: Any, batch: Batch) -> list[Verdict]:
+        self._check_open()
+        with ours(self.url), borrowed(connection, self._path, self.url) as db:
+            # Looked at first: what turns out otherwise could not be written again in another way.
+            writing = Writing(db, self._clock(), judged=True)
+            try:
+                return writing.write(batch)
+            except Unfit as unfit:
+                raise StoreError(
+                    f"A start or message cannot be stored in {self.url}. {unfit}. Nothing was written.", store=self.url
+                ) from unfit.__cause__
+
+    def prune(self, retention: Retention) -> Pruned:
+        if retention.limit <= 0:
+            return Pruned(after=retention.after)
+        with self._read() as db:
+            chosen = pruning.chosen(db, retention)
+        if retention.dry_run or not (chosen.runs or chosen.piece):
+            return Pruned(runs=len(chosen.runs), after=chosen.after)
+        with self._transaction() as db:
+            return pruning.remove(db, chosen)
 
     def claim(self, claim: Claim) -> list[Head]:
         queues = json.dumps(list(claim.queues))
@@ -415,6 +449,7 @@ class SQLiteStore:
     def forget_connections(self) -> None:
         """In a forked child: what a thread of the parent still had open is not ours, not even to close."""
         _not_ours.extend(db for db in (self._writer, *self._idle) if db is not None)
+        self._steps.forget()
         self._readers = threading.Condition()
         self._idle, self._reading, self._writer = [], 0, None
 
@@ -464,16 +499,22 @@ class SQLiteStore:
             gate.leave()
 
     @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        """One write transaction: all of the block, or nothing of it."""
+    def _passage(self) -> Iterator[None]:
+        """The way of every writer: through the gate, to a file that is still there."""
         self._check_open()
-        with self._gate(), ours(self.url):
+        with self._gate():
             if not self._place.is_there():
                 raise StoreUnavailable(
                     f"The store {self.url} is not where it was: its file was moved, removed or replaced. Nothing was "
                     "written. Put it back, or open the store again.",
                     store=self.url,
                 )
+            yield
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        """One write transaction: all of the block, or nothing of it."""
+        with self._passage(), ours(self.url):
             db = self._opened_writer()
             try:
                 db.execute("BEGIN IMMEDIATE")
@@ -499,11 +540,15 @@ class SQLiteStore:
             self._writer = self._connect(writes=True)
         return self._writer
 
-    def _connect(self, *, writes: bool) -> Connection:
+    def _connect(self, *, writes: bool, factory: type[Connection] = Connection) -> Any:
         connections.check_path(self._path, self.url, create=False)
         return connections.connect(
-            self._path, busy_timeout=self._busy_timeout, durability=self._synchronous, writes=writes
+            self._path, busy_timeout=self._busy_timeout, durability=self._synchronous, writes=writes, factory=factory
         )
+
+    def _connect_for_step(self, factory: type[StepConnection]) -> StepConnection:
+        connection: StepConnection = self._connect(writes=True, factory=factory)
+        return connection
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:

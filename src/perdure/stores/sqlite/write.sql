@@ -95,6 +95,12 @@ WHERE run.key = turn.run
             AND mail.id NOT IN (SELECT value FROM json_each(turn.consumed))
     ));
 
+-- name: add_to_history
+-- Count the events that a step's transaction records, in the row that its fence has written before: under this turn.
+-- (Events, bytes; run, turn, events before.)
+UPDATE perdure_runs SET history_events = history_events + ?, history_bytes = history_bytes + ?
+WHERE key = ? AND turn = ? AND history_events = ?;
+
 -- name: consume_mail
 -- Empty messages that turns have taken into their histories. (Rows of run, id.)
 UPDATE perdure_mail AS mail INDEXED BY perdure_mail_id SET unread = 0, owner = NULL, name = '', data = ''

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from sqlite3 import Connection
 from typing import Any, Final
 
 from perdure.core.status import ENDED, MOVES, Status
@@ -44,7 +43,7 @@ from perdure.core.turn import (
 )
 from perdure.stores.refused import child_refused
 from perdure.stores.sqlite.errors import DATA_ERRORS
-from perdure.stores.sqlite.queries import SQL, Rows
+from perdure.stores.sqlite.queries import SQL, Database, Rows
 
 INLINE: Final = 1_000
 """Characters of an input that are kept in the run's own row, which every turn writes anew."""
@@ -76,7 +75,7 @@ class Unfit(Exception):
 class Writing:
     """A batch on its way into the database. The caller has begun the transaction and ends it."""
 
-    def __init__(self, db: Connection, now: int, *, judged: bool = False, singly: bool = False) -> None:
+    def __init__(self, db: Database, now: int, *, judged: bool = False, singly: bool = False) -> None:
         self.db = db
         self.now = now
         self.judged = judged
@@ -92,6 +91,11 @@ class Writing:
             return self._write(batch)
         except DATA_ERRORS as error:
             raise Unfit(str(error)) from error
+
+    def verdict(self, turn: Turn) -> TurnVerdict | None:
+        """Why this turn is not to be written; None if it is."""
+        [verdict], good = self._judge((turn,))
+        return None if good else verdict
 
     def _write(self, batch: Batch) -> list[Verdict]:
         starts = self._start_all(batch.starts) if batch.starts else ()

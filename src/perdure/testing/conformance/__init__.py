@@ -12,6 +12,9 @@
             store.close()
             return self.open()
 
+        def connect(self, store: Store) -> Any:  # only for a store with transactions: a caller's own connection
+            return sqlite3.connect(tmp_path / "runs")
+
 Each test's name is a promise of `perdure.stores.contract`; its story is told with the helpers of `story.py`.
 The clock is the test's own and stands still unless told: no test sleeps.
 """
@@ -20,23 +23,35 @@ from __future__ import annotations
 
 import pytest
 
+PARTS = "claims mail pruning reading starts transactions turns workers"
 # Before these are imported: a failing promise shall show the values it compared.
-pytest.register_assert_rewrite(*(f"{__name__}.{part}" for part in "claims mail reading starts turns workers".split()))
+pytest.register_assert_rewrite(*(f"{__name__}.{part}" for part in PARTS.split()))
 
 from perdure.stores.contract import Store  # noqa: E402
 from perdure.testing.conformance.claims import ClaimPromises  # noqa: E402
 from perdure.testing.conformance.mail import MailPromises  # noqa: E402
+from perdure.testing.conformance.pruning import PruningPromises  # noqa: E402
 from perdure.testing.conformance.reading import ReadingPromises  # noqa: E402
 from perdure.testing.conformance.starts import StartPromises  # noqa: E402
 from perdure.testing.conformance.story import Clock  # noqa: E402
+from perdure.testing.conformance.transactions import TransactionPromises  # noqa: E402
 from perdure.testing.conformance.turns import TurnPromises  # noqa: E402
 from perdure.testing.conformance.workers import WorkerPromises  # noqa: E402
 
 __all__ = ["Clock", "StoreConformance"]
 
 
-class StoreConformance(StartPromises, MailPromises, TurnPromises, ClaimPromises, WorkerPromises, ReadingPromises):
-    """All promises. Override `store`; override `reopen` if the store outlives its process."""
+class StoreConformance(
+    StartPromises,
+    MailPromises,
+    TurnPromises,
+    ClaimPromises,
+    WorkerPromises,
+    ReadingPromises,
+    TransactionPromises,
+    PruningPromises,
+):
+    """All promises. Override `store`; `reopen` if it outlives its process, `connect` if it has transactions."""
 
     @pytest.fixture
     def clock(self) -> Clock:

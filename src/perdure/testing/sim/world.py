@@ -347,6 +347,7 @@ class Process:
             for resident in self.shift.residents.values():
                 resident.gone = True
                 resident.play.close()
+            self.shift.executor.forget()
         self.loop.crash()
         self.restart_at = world.time + (0, 200_000, 3 * SECOND)[world.tape.choose(3, "back after")]
 
