@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from perdure.client import Client, Core, _no_codec
+from perdure.core.errors import StoreError
 from perdure.core.limits import Limits, check_name
 from perdure.core.retry import duration
 from perdure.runtime.registry import Activity, Registry, Workflow
@@ -101,7 +102,12 @@ class _Serves(Core):
         for thread in self._threads:
             await self.loop.run_in_executor(self.readers, thread.join, 5.0)
         # After the last turn: what is still ours goes back to others at once.
-        await self.loop.run_in_executor(self.readers, self.store.retire, shift.incarnation)
+        try:
+            await self.loop.run_in_executor(self.readers, self.store.retire, shift.incarnation)
+        except StoreError as error:
+            log.warning(
+                "the runs of this worker could not be given back; others take them when its lease ends: %s", error
+            )
         await super().close()
 
 
