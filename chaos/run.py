@@ -21,13 +21,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
-from chaos import clock, disk, foreign, poison, processes, versions
+from chaos import clock, disk, foreign, network, poison, postgres, processes, servers, versions
 from chaos.planted import PLANTED
 from chaos.sqlite import SQLiteBase
-from chaos.stage import SIZES, Report, Scenario, Stage, Violated
+from chaos.stage import SIZES, Base, Report, Scenario, Stage, Violated
 
-STORES: Final = ("sqlite",)
+STORES: Final = ("sqlite", "postgres")
 SQLITE: Final = ("sqlite",)
+POSTGRES: Final = ("postgres",)
 SCENARIOS: Final = (
     Scenario(name="kill", play=processes.kill),
     Scenario(name="pause", play=processes.pause),
@@ -43,6 +44,11 @@ SCENARIOS: Final = (
     Scenario(name="clock", play=clock.clock),
     Scenario(name="lock", play=foreign.lock, stores=SQLITE),
     Scenario(name="moved", play=foreign.moved, stores=SQLITE),
+    Scenario(name="crash", play=servers.crash, stores=POSTGRES),
+    Scenario(name="outage", play=servers.outage, stores=POSTGRES),
+    Scenario(name="cut", play=network.cut, stores=POSTGRES),
+    Scenario(name="half-open", play=network.half_open, stores=POSTGRES),
+    Scenario(name="held", play=network.held, stores=POSTGRES),
 )
 PLAYABLE: Final = tuple(
     (scenario.name, store) for store in STORES for scenario in SCENARIOS if store in scenario.stores
@@ -78,15 +84,21 @@ def staged(scenario: Scenario, folder: Path, report: Report) -> Iterator[Stage]:
     with ExitStack() as after:
         place = folder / "store"
         place.mkdir()
-        if scenario.name == "disk" and (unmount := disk.small_disk(place)) is not None:
-            after.callback(unmount)
+        base: Base
+        if report.store == "sqlite":
+            base = SQLiteBase(place)
+            if scenario.name == "disk" and (unmount := disk.small_disk(place)) is not None:
+                after.callback(unmount)
+        else:
+            base = postgres.PostgresBase(postgres.shared())
+            after.callback(base.close)
         # What the engine says in this very process, the client's.
         log = logging.FileHandler(folder / "client.log")
         after.callback(log.close)
         logger = logging.getLogger("perdure")
         logger.addHandler(log)
         after.callback(logger.removeHandler, log)
-        yield Stage(SQLiteBase(place), folder, report)
+        yield Stage(base, folder, report)
 
 
 def run(

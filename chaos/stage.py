@@ -171,7 +171,7 @@ class Stage:
             process.send_signal(signal.SIGTERM)
         for process in living:
             await self.until(lambda process=process: process.poll() is not None, f"the end of process {process.pid}")  # type: ignore[misc]
-            if process.returncode != 0:
+            if process.returncode not in (0, -signal.SIGTERM):  # the latter: it had not begun to serve
                 self.note(f"process {process.pid} left with {process.returncode}")
 
     # --- looking ---
