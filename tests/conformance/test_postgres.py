@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import psycopg
 import pytest
 
 from perdure.stores.contract import Store
@@ -24,10 +25,16 @@ class TestPostgresStore(StoreConformance):
     @pytest.fixture
     def store(self, clock: Clock, database: servers.Database) -> Iterator[Store]:
         with servers.schema(database) as schema:
-            self.settings = {"url": database.url, "schema": schema, "clock": clock}
+            # The caller's own tables stand beside the store's, and go with them.
+            joined = "&" if "?" in database.url else "?"
+            url = f"{database.url}{joined}options=-csearch_path%3D{schema}"
+            self.settings = {"url": url, "schema": schema, "clock": clock}
             store = PostgresStore(**self.settings)
             yield store
             store.close()
+
+    def connect(self, store: Store) -> psycopg.Connection[Any]:
+        return psycopg.connect(self.settings["url"])
 
     def reopen(self, store: Store) -> Store:
         store.close()

@@ -153,3 +153,15 @@ CREATE TABLE perdure.served (
     announced_at bigint NOT NULL,
     PRIMARY KEY (namespace, kind, name)
 );
+
+-- What a step's transaction owes: its record. The constraint is looked at when a transaction ends, and no migration has
+-- the number 0: so nobody can commit a step's effect but together with its record, which takes this row away again.
+CREATE TABLE perdure.pledges (
+    run bigint NOT NULL PRIMARY KEY,
+    kept integer NOT NULL CONSTRAINT a_step_is_committed_with_its_record REFERENCES perdure.migrations (number)
+        DEFERRABLE INITIALLY DEFERRED
+) WITH (fillfactor = 50);
+
+-- Which store this is: one row, so that a caller's connection can be told from one to another database.
+CREATE TABLE perdure.store (id text COLLATE "C" NOT NULL PRIMARY KEY);
+INSERT INTO perdure.store VALUES (gen_random_uuid()::text);

@@ -137,3 +137,7 @@ SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::int8, pg_backend_pid()
 -- name: clock
 -- The server's clock.
 SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::int8;
+
+-- name: id
+-- Which store this is.
+SELECT id FROM perdure.store;

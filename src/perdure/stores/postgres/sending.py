@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Protocol
 
 import psycopg
 
@@ -29,10 +29,9 @@ from perdure.core.turn import (
     Verdict,
 )
 from perdure.stores.postgres import judging
-from perdure.stores.postgres.batch import Outgoing
+from perdure.stores.postgres.batch import Call, Outgoing
 from perdure.stores.postgres.errors import PACKING_ERRORS, RETRIED, lost, unfit
 from perdure.stores.postgres.queries import Statement
-from perdure.stores.postgres.writer import Writer
 
 TRIES: Final = 10
 """Of a transaction that the server gives up because of others."""
@@ -40,11 +39,34 @@ RECONNECTS: Final = (0.0, 0.1, 0.4)
 """Seconds before each new connection, before a batch is given up."""
 
 
+class Way(Protocol):
+    """How transactions reach the server: `writer.Writer`, or `borrowed.Borrowed`."""
+
+    @property
+    def own(self) -> bool:
+        """Whether a transaction may be tried again here."""
+
+    def begin(self, calls: Sequence[Call]) -> None:
+        """Send one transaction."""
+
+    def finish(self) -> list[Any]:
+        """The answers to its calls."""
+
+    def probe(self, calls: Sequence[Call]) -> None:
+        """Do it and undo it: raises what the server has against it."""
+
+    def ask(self, statement: Statement, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        """The rows of one statement."""
+
+    def drop(self) -> None:
+        """The connection is of no use any more."""
+
+
 class Sending:
     """See the module. The first transaction is on its way when this is made."""
 
     def __init__(
-        self, writer: Writer, statements: Mapping[str, Statement], clock: Callable[[], int], batch: Batch, url: str
+        self, writer: Way, statements: Mapping[str, Statement], clock: Callable[[], int], batch: Batch, url: str
     ) -> None:
         self.news = False
         """Whether somebody may wait for what was written."""
@@ -123,6 +145,8 @@ class _Try:
                 outgoing.read(self._sending._writer.finish())
                 return outgoing
             except psycopg.Error as error:
+                if not self._sending._writer.own:
+                    raise
                 if error.sqlstate in RETRIED and tries < TRIES:
                     # 2 ms doubling to a second, spread: whoever collided does not collide again.
                     pause = random.uniform(0.5, 1.0) * min(0.002 * 2**tries, 1.0)
@@ -145,7 +169,7 @@ class _Try:
             try:
                 return writer.ask(self._sending._statements[name], parameters)
             except psycopg.Error as error:
-                if not lost(error):
+                if not lost(error) or not writer.own:
                     raise
                 writer.drop()
                 time.sleep(pause)

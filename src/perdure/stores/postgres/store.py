@@ -31,16 +31,21 @@ from perdure.core.turn import (
     Key,
     Lease,
     Mail,
+    Pruned,
     Query,
     Reaped,
+    Retention,
     Row,
+    Turn,
+    TurnVerdict,
     Verdict,
 )
-from perdure.stores.postgres import connections, judging, migrations
+from perdure.stores.postgres import borrowed, connections, judging, migrations, pruning
 from perdure.stores.postgres.errors import ours
 from perdure.stores.postgres.listening import Bell, Listener
 from perdure.stores.postgres.queries import check_schema, statements
 from perdure.stores.postgres.sending import Sending
+from perdure.stores.postgres.transaction import Steps, StepTransaction
 from perdure.stores.postgres.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -77,6 +82,7 @@ class PostgresStore:
 
     url: str
     durability: str
+    transactions: bool = True
 
     def __init__(
         self,
@@ -100,6 +106,8 @@ class PostgresStore:
         self._direct: Final = None if direct is None else connections.Address(direct, password=password, shown={})
         self.url = self._address.url
         self._schema: Final = check_schema(schema)
+        self._channel: Final = f"perdure_{schema}"
+        self._known_id: str | None = None
         self._statements: Final = statements(schema)
         self._server_clock: Final = connections.ServerClock()
         self._clock: Final = clock or self._server_clock
@@ -110,6 +118,9 @@ class PostgresStore:
         self._writer: Final = Writer(self._connect_writer)
         self._sent: Sending  # not collected yet
         self._pooled = False
+        self._steps: Final = Steps(
+            self.url, connect=self._connect_for_step, statements=self._statements, clock=self._clock
+        )
         self._readers = threading.Condition()
         self._idle: list[psycopg.Connection[Any]] = []
         self._reading = 0
@@ -164,6 +175,32 @@ class PostgresStore:
         if news:
             self._ring()
         return verdicts
+
+    def transaction(self, turn: Turn) -> StepTransaction | TurnVerdict:
+        self._check_open()
+        return self._steps.begin(turn)
+
+    def write_on(self, connection: Any, batch: Batch) -> list[Verdict]:
+        self._check_open()
+        with ours(self.url):
+            borrowed.check(connection, self._schema, self._id(), self.url)
+            way = borrowed.Borrowed(connection)
+            with way.savepoint():
+                sending = Sending(way, self._statements, self._clock, batch, self.url)
+                verdicts = sending.finish()
+            if sending.news:
+                # Goes out when the caller's transaction commits, and only then.
+                connection.execute("SELECT pg_notify(%s, '')", [self._channel])
+        return verdicts
+
+    def prune(self, retention: Retention) -> Pruned:
+        if retention.limit <= 0:
+            return Pruned(after=retention.after)
+        chosen = pruning.chosen(self._ask, retention)
+        if retention.dry_run or not (chosen.runs or chosen.piece):
+            return Pruned(runs=len(chosen.runs), after=chosen.after)
+        with self._transaction() as ask:
+            return pruning.remove(ask, chosen)
 
     def fileno(self) -> int:
         """Between `begin` and `finish`: what has something to read when there is something to collect."""
@@ -411,6 +448,7 @@ class PostgresStore:
             self._listener.stop()
         with self._writing:
             self._writer.drop()
+        self._steps.close()
         with self._beating:
             heart, self._heart = self._heart, None
         with self._readers:
@@ -444,6 +482,16 @@ class PostgresStore:
 
     def _connect_writer(self) -> tuple[psycopg.Connection[Any], bool]:
         return self._connect("writer"), self._pooled
+
+    def _connect_for_step(self) -> tuple[psycopg.Connection[Any], bool]:
+        """A session that is as its function would make it: none of our settings."""
+        db = self._address.connect(name="step")
+        try:
+            connections.ask_server(db, self.url)
+        except BaseException:
+            db.close()
+            raise
+        return db, self._pooled
 
     def _connect(self, name: str) -> psycopg.Connection[Any]:
         """A connection on the way that is always open, checked and set."""
@@ -533,9 +581,7 @@ class PostgresStore:
         """Begin to listen, where that is possible."""
         with self._readers:
             if self._listener is None and not self._closed and (self._direct is not None or not self._pooled):
-                self._listener = Listener(
-                    self._connect_direct, f"perdure_{self._schema}", self._bell, connected=self._renew
-                )
+                self._listener = Listener(self._connect_direct, self._channel, self._bell, connected=self._renew)
 
     def _backend(self) -> int:
         """The server's process that others may know us by, or 0."""
@@ -558,13 +604,13 @@ class PostgresStore:
             self._told_at = time.monotonic()
             try:
                 with self._read() as db:
-                    db.execute("SELECT pg_notify(%s, '')", [f"perdure_{self._schema}"])
+                    db.execute("SELECT pg_notify(%s, '')", [self._channel])
             except StoreError as error:
                 log.debug("others were not told: %s", error)
 
     def forget_connections(self) -> None:
         """In a forked child: what is open is the parent's, not ours, not even to close."""
-        held = (self._writer.forget(), self._heart, *self._idle)
+        held = (self._writer.forget(), self._heart, *self._idle, *self._steps.forget())
         _not_ours.extend(db for db in held if db is not None)
         _not_ours.append(self._listener)
         self._idle, self._reading, self._heart, self._listener = [], 0, None, None
@@ -577,6 +623,12 @@ class PostgresStore:
     def _check_open(self) -> None:
         if self._closed:
             raise StoreError(f"The store {self.url} is closed. Nothing was done. Open a new one.", store=self.url)
+
+    def _id(self) -> str:
+        """Which store this is, also where its database has many names."""
+        if self._known_id is None:
+            self._known_id = str(self._ask("id")[0][0])
+        return self._known_id
 
     def _due(self, scope: Mapping[str, Any]) -> tuple[int | None, int | None, bool]:
         """When the latest of what is due came due, when the next timer comes, whether mail calls for somebody."""

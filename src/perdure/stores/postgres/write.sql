@@ -317,3 +317,24 @@ JOIN perdure.runs AS run ON run.key = CASE
         ORDER BY newest.generation DESC LIMIT 1
     )
 END;
+
+-- name: pledge
+-- Promise the record of a step: its transaction cannot be committed without.
+INSERT INTO perdure.pledges (run, kept) VALUES ($run::int8, 0);
+
+-- name: record_step
+-- Append the events of a step to the history, under the turn that its fence has written, and keep the promise. Where
+-- that turn is not there any more nothing is done, so the promise stays and the commit fails.
+WITH counted AS (
+    UPDATE perdure.runs AS run SET
+        history_events = run.history_events + $count::int4, history_bytes = run.history_bytes + $bytes::int8
+    WHERE run.key = $run::int8 AND run.turn = $turn::text AND run.history_events = $follows::int4
+    RETURNING run.key
+), appended AS (
+    INSERT INTO perdure.history (run, seq, event)
+    SELECT counted.key, $follows::int4 + new.place, new.event
+    FROM counted CROSS JOIN unnest($events::text[]) WITH ORDINALITY AS new (event, place)
+), kept AS (
+    DELETE FROM perdure.pledges AS pledge USING counted WHERE pledge.run = counted.key
+)
+SELECT counted.key FROM counted;
