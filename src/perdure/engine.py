@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, ClassVar, Final
 
 from perdure.client import Client, Core, _no_codec
+from perdure.core.errors import StoreError
 from perdure.core.limits import Limits, check_name
 from perdure.core.retry import duration
 from perdure.runtime.registry import Activity, Registry, Workflow, several
@@ -128,7 +129,12 @@ class _Serves(Core):
         if self._suspects is not None:
             await self.loop.run_in_executor(self.readers, self._suspects.close)
         # After the last turn: what is still ours goes back to others at once.
-        await self.loop.run_in_executor(self.readers, self.store.retire, shift.incarnation)
+        try:
+            await self.loop.run_in_executor(self.readers, self.store.retire, shift.incarnation)
+        except StoreError as error:
+            log.warning(
+                "the runs of this worker could not be given back; others take them when its lease ends: %s", error
+            )
         await super().close()
 
 

@@ -146,7 +146,7 @@ class Housekeeper:
             moved += 1
         self._look_for_ended()
         moved += self._hand_strays_back()
-        self.shift._soon(self._name_long_steps)
+        self.shift._soon(self._look_around)
         return moved
 
     def _look_for_ended(self) -> None:
@@ -199,7 +199,8 @@ class Housekeeper:
             self.store.write(Batch(turns=turns))
         return len(turns)
 
-    def _name_long_steps(self) -> None:
+    def _look_around(self) -> None:
+        self.shift.look_at_clock()
         for resident in list(self.shift.residents.values()):
             if resident.executions:
                 resident.name_long_steps()

@@ -549,6 +549,12 @@ class Shift:
         delay = min(max(at - self.now(), 0) / 1_000_000, 86_400)
         self._timer = self.loop.call_later(delay, self.wake_due)
 
+    def look_at_clock(self) -> None:
+        """A clock that was wrong and is right again has brought timers due that ours still waits for."""
+        if self._timer is not None and self._timers and self._timers[0][0] <= self.now():
+            self._timer.cancel()
+            self.wake_due()
+
     def wake_due(self) -> None:
         """Tick every resident whose time has come."""
         self._timer = None

@@ -280,9 +280,13 @@ class PostgresStore:
                     signatures=[msgspec.json.encode(one.signature).decode() for one in ones],
                 )
             workflows = [one.name for one in announcement.serves if one.kind == "workflow"]
-            ask("beat", incarnation=incarnation, now=now, backend=self._backend())
+            backend = self._backend()
+            ask("beat", incarnation=incarnation, now=now, backend=backend)
             due = ask("unblock", namespace=announcement.namespace, workflows=workflows, now=now)
         self._own[incarnation] = 0
+        if self._backend() != backend:
+            # The listener connected meanwhile, and did not know of this incarnation: nobody would see it die.
+            self.heartbeat(incarnation)
         if due:
             self._ring()
         return Lease(now=now, until=now + announcement.ttl)
