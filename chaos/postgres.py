@@ -94,7 +94,9 @@ class PostgresBase:
     def url_at(self, port: int) -> str:
         """The store's URL by a port of the loopback, where a proxy listens."""
         # Without TLS and GSS, of which libpq would try each with a connection of its own.
-        return f"postgresql://postgres@127.0.0.1:{port}/postgres?sslmode=disable&gssencmode=disable&schema={self.schema}"
+        return (
+            f"postgresql://postgres@127.0.0.1:{port}/postgres?sslmode=disable&gssencmode=disable&schema={self.schema}"
+        )
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A connection to the server, for a proxy."""
