@@ -40,6 +40,7 @@ from perdure.core.turn import (
     TurnVerdict,
     Verdict,
 )
+from perdure.stores import choosing
 from perdure.stores.postgres import borrowed, connections, judging, migrations, pruning
 from perdure.stores.postgres.errors import ours
 from perdure.stores.postgres.listening import Bell, Listener
@@ -225,16 +226,19 @@ class PostgresStore:
             now = self._clock()
             if calls:
                 ask("settle")
-            offered = ask(
-                "claimable",
-                **scope,
-                incarnation=claim.incarnation,
-                now=now,
-                strikes=3 if claim.alone else 2,
-                window=max(number, WINDOW),
-                number=number,
-            )
-            chosen = _chosen(offered, claim)
+            if claim.only_suspects:
+                offered = ask("claimable_suspect", **scope, incarnation=claim.incarnation, now=now)
+            else:
+                offered = ask(
+                    "claimable",
+                    **scope,
+                    incarnation=claim.incarnation,
+                    now=now,
+                    strikes=3 if claim.alone else 2,
+                    window=max(number, WINDOW),
+                    number=number,
+                )
+            chosen = choosing.chosen(offered, claim)
             if not chosen:
                 return []
             taken = ask("take", incarnation=claim.incarnation, now=now, keys=chosen)
@@ -404,9 +408,19 @@ class PostgresStore:
     def announced(self, namespace: str) -> list[Announced]:
         served = self._ask("served", namespace=namespace)
         living = self._ask("serving", namespace=namespace, now=self._clock())
-        live = {(one["kind"], one["name"]) for (serves,) in living for one in json.loads(serves)}
+        live: dict[tuple[str, str], set[str]] = {}
+        for serves, queues in living:
+            for one in json.loads(serves):
+                live.setdefault((one["kind"], one["name"]), set()).update(json.loads(queues))
         return [
-            Announced(name=name, kind=kind, queue=queue, signature=json.loads(signature), live=(kind, name) in live)
+            Announced(
+                name=name,
+                kind=kind,
+                queue=queue,
+                signature=json.loads(signature),
+                live=(kind, name) in live,
+                queues=tuple(sorted(live.get((kind, name), ()))),
+            )
             for kind, name, queue, signature in served
         ]
 
@@ -702,19 +716,3 @@ def _scope(
         "names": [*workflows, *activities],
         "kinds": ["workflow"] * len(workflows) + ["activity"] * len(activities),
     }
-
-
-def _chosen(offered: Sequence[Sequence[int]], claim: Claim) -> list[Key]:
-    """The keys to take, of [key, strikes, bytes of history, bytes of mail]: near `max_bytes`, the first in any case."""
-    if claim.alone and offered and offered[0][1] >= 2:
-        return [offered[0][0]]
-    chosen: list[Key] = []
-    room = claim.max_bytes
-    for key, strikes, history, mail in offered:
-        if strikes >= 2:
-            continue
-        room -= history + mail
-        if room < 0 and chosen:
-            break
-        chosen.append(key)
-    return chosen
