@@ -89,7 +89,7 @@ class _Serves(Core):
             ended_run=self.run_ended,
         )
         self.committer = self.shift.committer
-        self.thread = CommitterThread(self.committer)
+        self.thread = CommitterThread(self.committer, self.loop, self.shift._read)
 
     async def drain(self, grace: float) -> bool:
         """Begin nothing new and wait until what is in flight has ended; False if the grace ran out."""

@@ -171,6 +171,36 @@ class PostgresStore:
             self._writing.release()
             raise
 
+    def begin_at_once(self, batch: Batch) -> int | None:
+        """As `begin`, where that needs no wait: no connection to be made, nobody else who is writing.
+
+        The file descriptor that has something to read when there is something to collect; None: nothing was sent.
+        """
+        if self._closed or self._listener is None or not self._writer.connected():
+            return None
+        if not self._writing.acquire(blocking=False):
+            return None
+        try:
+            self._sent = Sending(self._writer, self._statements, self._clock, batch, self.url)
+            return self._writer.fileno() if self._writer.connected() else -1
+        except BaseException:
+            self._writing.release()
+            raise
+
+    def arrived(self) -> bool:
+        """Whether the answers to what `begin_at_once` sent are here, or will never be. Does not wait."""
+        return self._sent.arrived()
+
+    def finish_at_once(self) -> list[Verdict] | None:
+        """The verdicts, if they have arrived and all is written; None if `finish` has to find out what was."""
+        verdicts = self._sent.usual()
+        if verdicts is not None:
+            self._writing.release()
+            self._worked = time.monotonic()
+            if self._sent.news:
+                self._ring()
+        return verdicts
+
     def finish(self) -> list[Verdict]:
         """Wait for the verdicts of the batch that was sent last."""
         try:
