@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -30,6 +31,7 @@ MOST: Final = 1000
 
 
 FEW: Final = 4
+EARLY: Final = 64
 QUICKLY: Final = 0.001
 """Seconds: what the loop of a process may be held up by a batch that it writes itself."""
 
@@ -74,6 +76,8 @@ class Committer:
         self._answered = 0
         self.took = QUICKLY
         """Seconds that small batches took lately."""
+        self.early = sys.maxsize
+        """Items that are worth a batch of their own, and need not wait for the rest of what the loop does now."""
         self.trouble: StoreError | None = None
         self.tries = 0
 
@@ -98,6 +102,11 @@ class Committer:
         return self._added - self._answered
 
     @property
+    def gathered(self) -> int:
+        """How many items wait to be written."""
+        return len(self._turns) + len(self._starts) + len(self._sends)
+
+    @property
     def waiting(self) -> bool:
         """Whether there is something to write."""
         return bool(self._turns or self._starts or self._sends)
@@ -105,7 +114,7 @@ class Committer:
     @property
     def few(self) -> bool:
         """Whether so little waits, and has been written so quickly, that handing it to a thread would take longer."""
-        return self.took < QUICKLY and len(self._turns) + len(self._starts) + len(self._sends) <= FEW
+        return self.took < QUICKLY and self.gathered <= FEW
 
     def flush(self, *, at_once: bool = False) -> bool:
         """Write one batch of what is waiting; False if it met trouble, and turns wait for another try.
@@ -251,6 +260,7 @@ class CommitterThread:
         self._wire = None
         if loop is not None and read is not None and hasattr(committer.store, "begin_at_once"):
             self._wire = Wire(committer, loop, read, freed=self._freed)
+            committer.early = EARLY
         self._wanted: SimpleQueue[None] = SimpleQueue()
         self._stopping = False
         self._flushing = threading.Lock()
