@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -10,8 +11,10 @@ from hypothesis import HealthCheck, settings
 
 from perdure.stores.contract import Store
 from perdure.stores.memory import MemoryStore
+from perdure.stores.postgres import PostgresStore
 from perdure.stores.sqlite.store import SQLiteStore
 from perdure.testing.conformance import Clock
+from tests import servers
 from tests.conformance.against_memory import AgainstMemory
 
 EFFORT = settings(
@@ -39,7 +42,24 @@ class SQLite(AgainstMemory):
         self.folder.cleanup()
 
 
+class Postgres(AgainstMemory):
+    """The newest version found here: its statements are the same on all of them."""
+
+    def make(self, clock: Clock) -> Store:
+        found = servers.installations()
+        newest = max(found, key=lambda one: one.version) if found and servers.URL not in os.environ else None
+        database = servers.needed(newest)
+        self.schema = contextlib.ExitStack()
+        return PostgresStore(database.url, schema=self.schema.enter_context(servers.schema(database)), clock=clock)
+
+    def teardown(self) -> None:
+        super().teardown()
+        self.schema.close()
+
+
 TestMemory = Memory.TestCase
 TestMemory.settings = EFFORT
 TestSQLite = SQLite.TestCase
 TestSQLite.settings = EFFORT
+TestPostgres = Postgres.TestCase
+TestPostgres.settings = EFFORT

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from perdure.core.errors import NotAStore
+from perdure.core.errors import NotAStore, StoreError, StoreUnavailable
 from perdure.stores.memory import MemoryStore
 from perdure.stores.opening import open_store
 from perdure.stores.sqlite.store import SQLiteStore
@@ -137,10 +138,44 @@ def test_a_url_that_names_no_store_is_told_why(folder: Path, url: object, reason
 def test_an_unknown_scheme_is_told_which_exist_and_keeps_its_password() -> None:
     text = refusal("oracle://scott:tiger@host/db")
     assert 'scheme "oracle"' in text
-    assert "sqlite and memory" in text
+    assert "sqlite, postgresql and memory" in text
     assert "tiger" not in text
 
 
 def test_an_empty_variable_is_refused_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PERDURE_STORE", "")
     assert "PERDURE_STORE" in refusal(None)
+
+
+# --- PostgreSQL
+
+
+def test_without_its_driver_a_postgresql_url_names_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    for name in [name for name in sys.modules if name.startswith("perdure.stores.postgres")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert "pip install 'perdure[postgres]'" in refusal("postgresql://localhost/orders")
+
+
+@pytest.mark.parametrize(
+    ("query", "named"),
+    [("schema=Orders", "schema='Orders'"), ("migrate=never", "migrate='never'"), ("hints=maybe", "hints=maybe")],
+)
+def test_a_parameter_of_ours_that_cannot_be_is_named(query: str, named: str) -> None:
+    assert named in refusal(f"postgresql://localhost:1/orders?{query}")
+
+
+def test_what_is_no_parameter_of_ours_is_libpqs() -> None:
+    with pytest.raises(StoreUnavailable):  # nobody is there, but it was asked
+        open_store("postgresql://localhost:1/orders?sslmode=disable&connect_timeout=1")
+    assert "a parameter is unknown" in refusal("postgresql://localhost:1/orders?colour=blue")
+
+
+@pytest.mark.parametrize("url", ["postgresql://u:hunter2@localhost:1/o", "postgres://u@localhost:1/o?password=hunter2"])
+def test_a_password_is_never_shown(url: str) -> None:
+    for query in ("colour=blue", "migrate=never", "hints=maybe", "connect_timeout=1"):
+        joined = f"{url}{'&' if '?' in url else '?'}{query}"
+        with pytest.raises(StoreError) as caught:
+            open_store(joined)
+        assert "hunter2" not in str(caught.value)
+        assert "hunter2" not in getattr(caught.value, "store", "")

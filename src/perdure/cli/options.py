@@ -45,6 +45,8 @@ class Where:
         # A URL that names no file, or one in no folder, is better complained about as it was written.
         if path.startswith("sqlite:///") and path[10:] and Path(unquote(path[10:])).parent.is_dir():
             return f"{path}?{query}&create=false" if query else f"{path}?create=false"
+        if path.startswith(("postgresql:", "postgres:")) and "migrate=" not in query:
+            return f"{path}?{query}&migrate=check" if query else f"{path}?migrate=check"
         return url
 
     def same(self) -> str:

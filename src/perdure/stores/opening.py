@@ -3,6 +3,7 @@
 sqlite:///orders.db         a file beside the process (three slashes: relative)
 sqlite:////var/lib/o.db     an absolute path (four)
 sqlite:///o.db?busy_timeout=10    query parameters are the constructor's names
+postgresql://me@host/orders?schema=perdure    as libpq reads it; what is no name of the constructor's is libpq's
 memory://                   gone with the process
 """
 
@@ -20,6 +21,7 @@ from perdure.stores.contract import Store
 
 DEFAULT: Final = "sqlite:///perdure.db"
 VARIABLE: Final = "PERDURE_STORE"
+POSTGRES: Final = ("postgresql", "postgres")
 
 
 def open_store(url_or_store: str | Store | None = None) -> Store:
@@ -31,12 +33,28 @@ def open_store(url_or_store: str | Store | None = None) -> Store:
         return _opened(os.environ.get(VARIABLE, DEFAULT), said_by=f"in {VARIABLE}")
     if isinstance(url_or_store, str):
         return _opened(url_or_store, said_by="given")
-    if isinstance(url_or_store, os.PathLike):
+    checked = check_store(url_or_store)
+    assert checked is not None
+    assert not isinstance(checked, str)
+    return checked
+
+
+def check_store(given: str | Store | None) -> str | Store | None:
+    """What was given, if it can name a store or be one; `NotAStore` if it is something else."""
+    if given is None or isinstance(given, str):
+        return given
+    if isinstance(given, os.PathLike):
         raise NotAStore(
-            f"{os.fspath(url_or_store)!r} is a path, no store URL. A store is a URL or a store object. "
+            f"{os.fspath(given)!r} is a path, no store URL. A store is a URL or a store object. "
             "Write sqlite:///relative.db or sqlite:////absolute.db, or pass SQLiteStore(path)."
         )
-    return url_or_store
+    if isinstance(given, type) or not (hasattr(given, "write") and hasattr(given, "claim")):
+        what = "A list" if isinstance(given, (list, tuple)) else f"{given!r}"
+        raise NotAStore(
+            f"{what} is no store. A store is a URL or a store object, and comes first. "
+            f'Write "{DEFAULT}", or pass SQLiteStore(path).'
+        )
+    return given
 
 
 def _opened(url: str, *, said_by: str) -> Store:
@@ -46,13 +64,15 @@ def _opened(url: str, *, said_by: str) -> Store:
             f"Write {DEFAULT} or memory://, or leave it out for {DEFAULT}."
         )
     scheme, separator, rest = url.partition(":")
-    if not separator or scheme not in ("sqlite", "memory"):
+    if not separator or scheme not in ("sqlite", "memory", *POSTGRES):
         # Only the scheme is repeated: the rest of a URL may hold a password.
         what = f"has the scheme {quoted(scheme)}" if separator else "has no scheme"
         raise NotAStore(
-            f"The store URL {said_by} {what}. The schemes are sqlite and memory. "
-            "Write sqlite:///relative.db, sqlite:////absolute.db or memory://."
+            f"The store URL {said_by} {what}. The schemes are sqlite, postgresql and memory. "
+            "Write sqlite:///relative.db, sqlite:////absolute.db, postgresql://user@host/database or memory://."
         )
+    if scheme in POSTGRES:
+        return _postgres(url)
     path, _, query = rest.partition("?")
     given = dict(parse_qsl(query, keep_blank_values=True))
     return _sqlite(url, path, given) if scheme == "sqlite" else _memory(url, path, given)
@@ -87,6 +107,35 @@ def _sqlite(url: str, path: str, given: Mapping[str, str]) -> Store:
         return SQLiteStore(file, **settings)
     except ValueError as error:
         raise NotAStore(f"{quoted(url)} cannot be opened: {error}. Mend that parameter or leave it out.") from error
+
+
+def _postgres(url: str) -> Store:
+    try:
+        from perdure.stores.postgres import PostgresStore
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "psycopg":
+            raise
+        raise NotAStore(
+            "The store URL names a PostgreSQL database, and psycopg, which speaks to it, is not installed. "
+            "It is an extra of Perdure. Install it: pip install 'perdure[postgres]'"
+        ) from error
+    base, _, query = url.partition("?")
+    ours = set(inspect.signature(PostgresStore).parameters) - {"url", "clock", "password"}
+    given: dict[str, str] = {}
+    libpq: list[str] = []
+    for part in query.split("&"):
+        name, _, value = part.partition("=")
+        if name in ours:
+            given[name] = unquote(value)
+        elif part:
+            libpq.append(part)
+    direct = given.pop("direct", None)
+    shown = base.rpartition("@")[2]  # without a password
+    settings = _settings(shown, PostgresStore, given)
+    try:
+        return PostgresStore("?".join([base, "&".join(libpq)]) if libpq else base, direct=direct, **settings)
+    except ValueError as error:
+        raise NotAStore(f"{quoted(shown)} cannot be opened: {error}. Mend that parameter or leave it out.") from error
 
 
 def _settings(url: str, store: type, given: Mapping[str, str]) -> dict[str, Any]:

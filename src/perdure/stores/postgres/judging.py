@@ -1,0 +1,134 @@
+"""What became of those items of a batch that were not written: asked after the commit, and only then.
+
+The answer may be of a moment later than the commit, and is true all the same: a fence that failed never holds again,
+an id that is taken stays taken. Where nothing stands in the way any more, the item is to be written again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from perdure.core.turn import (
+    Begun,
+    Busy,
+    Committed,
+    Conflict,
+    Duplicate,
+    Existing,
+    Fenced,
+    Finished,
+    Key,
+    MailboxFull,
+    MoreMail,
+    NotFound,
+    Send,
+    SendVerdict,
+    Start,
+    StartVerdict,
+    Taken,
+    Turn,
+    TurnVerdict,
+    Unstorable,
+)
+from perdure.stores.postgres.batch import BEFORE, addressed
+
+Ask = Callable[..., list[tuple[Any, ...]]]
+"""Executes the statement of a name with these parameters; its rows."""
+
+
+def judge_turns(ask: Ask, turns: Sequence[Turn]) -> list[TurnVerdict]:
+    """Why these turns were not written."""
+    keys = sorted({turn.run for turn in turns})
+    rows = {row[0]: row for row in ask("judge_turns", run=keys)}
+    unread: dict[Key, set[str]] = {}
+    for run, id in ask("judge_mail", run=keys):
+        unread.setdefault(run, set()).add(id)
+    return [_turn(turn, rows.get(turn.run), unread.get(turn.run, set())) for turn in turns]
+
+
+def _turn(turn: Turn, row: Sequence[Any] | None, unread: set[str]) -> TurnVerdict:
+    if row is None:
+        return Fenced(run=turn.run)
+    _, owner, lives, epoch, version, last, status, events, ended_at = row
+    if (last, version) == (turn.id, turn.version + 1):
+        return Committed(run=turn.run)  # asked again: written the first time
+    holds = (
+        ended_at is None
+        and (turn.epoch, turn.version, turn.last) == (epoch, version, last)
+        and (turn.owner is None or (turn.owner == owner and lives))
+    )
+    if not holds:
+        return Fenced(run=turn.run)
+    if turn.status not in BEFORE:
+        return Unstorable(run=turn.run, reason=f"{turn.status!r} is no status; expected one of {', '.join(BEFORE)}")
+    if status not in BEFORE[turn.status].split():
+        return Unstorable(run=turn.run, reason=f"a run that is {status} may not become {turn.status}")
+    if turn.events and turn.first_seq != events + 1:
+        reason = f"events from {turn.first_seq} on do not follow a history of {events}"
+        return Unstorable(run=turn.run, reason=reason)
+    if turn.closing and not turn.forced and not unread <= set(turn.consumed):
+        return MoreMail(run=turn.run)
+    return Busy(run=turn.run)
+
+
+def judge_starts(ask: Ask, starts: Sequence[Start], now: int) -> list[StartVerdict | None]:
+    """What these starts found, their own rows too; None: nothing, so that they must be written again."""
+    found: dict[int, list[tuple[Any, ...]]] = {}
+    for place, *row in ask(
+        "judge_starts",
+        now=now,
+        namespace=[start.namespace for start in starts],
+        id=[start.id for start in starts],
+        scope=[start.idempotency_scope for start in starts],
+        idempotency_key=[start.idempotency_key for start in starts],
+    ):
+        found.setdefault(place - 1, []).append(tuple(row))
+    return [_start(start, found.get(place, ())) for place, start in enumerate(starts)]
+
+
+def _start(start: Start, found: Sequence[tuple[Any, ...]]) -> StartVerdict | None:
+    link = None if start.parent is None else (start.parent.run, start.parent.step)
+    for key, id, _, _, seed, parent, step, at, _ in found:
+        if seed == start.seed or (link is not None and link == (parent, step)):
+            # As it was at the start: a starter that asks again must not get a newer holder's epoch.
+            return Begun(run=key, id=id, epoch=0 if start.owner is None else 1, version=0, at=at)
+    if not found:
+        return None
+    key, id, workflow, digest, _, _, _, _, by_key = found[0]
+    if start.parent is not None or start.if_exists == "fail":
+        return Taken(id=id)
+    if (workflow, digest) != (start.workflow, start.digest):
+        return Conflict(id=id, key=start.idempotency_key if by_key else None)
+    return Existing(run=key, id=id)
+
+
+def judge_sends(ask: Ask, sends: Sequence[Send], kept: Mapping[int, Key]) -> list[SendVerdict | None]:
+    """Why the messages that are not among `kept` were not kept; None: they must be written again."""
+    places = [place for place in range(len(sends)) if place not in kept]
+    where = [addressed(sends[place]) for place in places]
+    rows = {
+        places[row[0] - 1]: row[1:]
+        for row in ask(
+            "judge_sends",
+            to_run=[to[0] for to in where],
+            to_parent=[to[1] for to in where],
+            to_namespace=[to[2] for to in where],
+            to_id=[to[3] for to in where],
+            id=[sends[place].id for place in places],
+        )
+    }
+    return [_send(sends[place], rows.get(place)) for place in places]
+
+
+def _send(send: Send, row: Sequence[Any] | None) -> SendVerdict | None:
+    if row is None:
+        return NotFound()
+    run, status, is_there, unread = row
+    if is_there:
+        return Duplicate(run=run)
+    if status is not None:
+        return Finished(run=run, status=status)
+    if send.limit is not None and unread >= send.limit:
+        return MailboxFull(run=run, limit=send.limit)
+    return None

@@ -1,0 +1,133 @@
+"""Numbered migrations: each applied once, in order, all in one transaction, and never edited afterwards.
+
+A migration says which older versions may go on beside it (`-- readable by: N`), so that processes of two adjacent
+versions can run side by side while a deploy rolls. Whoever migrates holds an advisory lock until its transaction ends,
+so that of several that start together one migrates and the others find it done; nothing else ever takes that lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from importlib import resources
+from typing import Any, Final, NamedTuple
+
+import psycopg
+
+from perdure.core.errors import NotAStore, StoreCorrupt, StoreTooNew
+from perdure.stores.postgres.queries import in_schema
+
+_READABLE: Final = re.compile(r"^-- readable by: (\d+)$", re.MULTILINE)
+
+
+class Migration(NamedTuple):
+    number: int
+    name: str
+    text: str
+    checksum: str
+    readable_by: int
+
+
+class Applied(NamedTuple):
+    """A migration, as the database has it."""
+
+    number: int
+    name: str
+    checksum: str
+    readable_by: int
+    applied_at: int
+
+
+def _load() -> tuple[Migration, ...]:
+    found = []
+    for file in resources.files(__package__).iterdir():
+        if file.name.endswith(".sql") and file.name[:4].isdigit():
+            text = file.read_text(encoding="utf-8").replace("\r\n", "\n")
+            said = _READABLE.search(text)
+            if said is None:
+                raise ValueError(f"{file.name} does not say by which version it is readable")
+            checksum = hashlib.sha256(text.encode()).hexdigest()
+            found.append(Migration(int(file.name[:4]), file.name, text, checksum, int(said.group(1))))
+    return tuple(sorted(found))
+
+
+MIGRATIONS: Final = _load()
+
+
+def applied(db: psycopg.Connection[Any], schema: str) -> list[Applied] | None:
+    """What the schema has, in order; None if it is no schema of ours, or not there."""
+    there = db.execute(
+        "SELECT 1 FROM pg_class AS class JOIN pg_namespace AS space ON space.oid = class.relnamespace "
+        "WHERE space.nspname = %s AND class.relname = 'migrations'",
+        [schema],
+    ).fetchone()
+    if there is None:
+        return None
+    asked = "SELECT number, name, checksum, readable_by, applied_at FROM perdure.migrations ORDER BY number"
+    return [Applied(*row) for row in db.execute(in_schema(asked, schema).encode()).fetchall()]
+
+
+def missing(found: list[Applied] | None, url: str) -> list[Migration]:
+    """What is still to be applied; an error where this version must not touch the tables."""
+    known = {migration.number: migration for migration in MIGRATIONS}
+    newest = MIGRATIONS[-1].number
+    for one in found or ():
+        if one.number not in known:
+            if one.readable_by > newest:
+                raise StoreTooNew(
+                    f"The store {url} has migration {one.name}, which this version of Perdure does not know. "
+                    "A newer version has changed its tables. Upgrade this process.",
+                    store=url,
+                )
+        elif one.checksum != known[one.number].checksum:
+            raise StoreCorrupt(
+                f"The store {url} was made by another text of migration {one.name} than this version has. "
+                "An applied migration is never edited, so one of the two is damaged. Install the version of Perdure "
+                "that made the store.",
+                store=url,
+            )
+    there = {one.number for one in found or ()}
+    return [migration for migration in MIGRATIONS if migration.number not in there]
+
+
+def check(db: psycopg.Connection[Any], schema: str, url: str) -> None:
+    """Refuse a store whose tables are not there, or older than this version needs."""
+    found = applied(db, schema)
+    if wanted := missing(found, url):
+        what = f"there is no schema {schema!r} with tables of Perdure" if found is None else (
+            f"its tables lack {', '.join(migration.name for migration in wanted)}"
+        )  # fmt: skip
+        raise NotAStore(
+            f'The store {url} cannot be opened: {what}, and it was not asked to make them (migrate="check"). '
+            "Run `perdure db upgrade` with a role that may create tables.",
+            store=url,
+        )
+
+
+def migrate(db: psycopg.Connection[Any], schema: str, url: str, now: int) -> list[Migration]:
+    """Bring the tables up to date, and say what was applied. A killed migration leaves what was there before."""
+    with db.transaction():
+        db.execute("SELECT pg_advisory_xact_lock(hashtext('perdure'), hashtext(%s))", [schema])
+        # Asked inside the lock: another process may have been quicker.
+        found = applied(db, schema)
+        wanted = missing(found, url)
+        if not wanted:
+            return []
+        if found is None:
+            there = db.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", [schema]).fetchone()
+            if there is None:
+                db.execute(in_schema("CREATE SCHEMA perdure.", schema).rstrip(".").encode())
+            db.execute(
+                in_schema(
+                    "CREATE TABLE perdure.migrations (number integer NOT NULL PRIMARY KEY, name text NOT NULL, "
+                    "checksum text NOT NULL, readable_by integer NOT NULL, applied_at bigint NOT NULL)",
+                    schema,
+                ).encode()
+            )
+        for migration in wanted:
+            db.execute(in_schema(migration.text, schema).encode())
+            db.execute(
+                in_schema("INSERT INTO perdure.migrations VALUES (%s, %s, %s, %s, %s)", schema).encode(),
+                [migration.number, migration.name, migration.checksum, migration.readable_by, now],
+            )
+        return wanted

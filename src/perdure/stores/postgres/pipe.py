@@ -1,0 +1,139 @@
+"""One transaction in one round trip: a pipeline of libpq, sent without waiting and collected later.
+
+The driver's own pipeline would make an object for each statement and wait at its end; here libpq is called as it is.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+import psycopg
+from psycopg import pq
+
+from perdure.stores.postgres.batch import Call
+from perdure.stores.postgres.packing import OIDS
+
+_BINARY: Final = 1
+_GOOD: Final = frozenset({pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK})
+REPLANNED: Final = 30.0
+"""Seconds after which all statements are planned anew: a table may have grown far beyond what the plan was made for."""
+_WAIT: Final = 90.0
+"""Seconds without an answer after which a connection is given up. The server's own timeouts come first."""
+
+
+class Pipe:
+    """See the module. Whatever it raises, the connection is of no use any more, but for a server's own `Failed`.
+
+    keeps_statements: whether the session is ours, so that a statement can be prepared once for all transactions.
+    """
+
+    def __init__(self, connection: pq.abc.PGconn, *, keeps_statements: bool) -> None:
+        self.connection: Final = connection
+        self._keeps = keeps_statements
+        self._prepared: set[str] = set()
+        self._sent = 0
+        self._replan_at = 16
+        self._planned = time.monotonic()
+        self._expected: list[bool] = []  # for each command that was sent: whether its answer is one of a call
+
+    def send(self, first: Sequence[bytes], calls: Sequence[Call], last: Sequence[bytes] = ()) -> None:
+        """Send commands and calls. An error means that nothing arrived, or that nobody knows."""
+        connection = self.connection
+        expected = self._expected = []
+        self._sent += 1
+        if self._prepared and (self._sent == self._replan_at or time.monotonic() - self._planned > REPLANNED):
+            # Soon at first: a plan that was made for an empty table walks along one of a thousand rows.
+            self._replan_at = max(self._replan_at, self._sent) * 4
+            self._planned = time.monotonic()
+            first = [*first, b"DISCARD PLANS"]
+        connection.enter_pipeline_mode()
+        for command in first:
+            connection.send_query_params(command, None)
+            expected.append(False)
+        for call in calls:
+            self._send(connection, call, expected)
+        for command in last:
+            connection.send_query_params(command, None)
+            expected.append(False)
+        connection.pipeline_sync()
+        connection.flush()
+
+    def collect(self) -> list[pq.abc.PGresult]:
+        """Wait for the answers to the calls; or the server's error, behind which nothing was done."""
+        connection = self.connection
+        answers: list[pq.abc.PGresult] = []
+        failed: psycopg.Error | None = None
+        number = 0
+        while True:
+            while connection.is_busy():
+                self._wait(connection)
+            result = connection.get_result()
+            if result is None:
+                if connection.status == pq.ConnStatus.BAD:
+                    raise failed or psycopg.OperationalError("the connection was lost")
+                continue
+            status = result.status
+            if status == pq.ExecStatus.PIPELINE_SYNC:
+                break
+            if status in _GOOD:
+                if self._expected[number]:
+                    answers.append(result)
+            elif failed is None:
+                failed = psycopg.errors.error_from_result(result, encoding="utf-8")
+                if connection.status == pq.ConnStatus.BAD:
+                    raise failed
+            number += 1
+        connection.exit_pipeline_mode()
+        if failed is None:
+            return answers
+        self._clean_up()
+        raise failed
+
+    def _send(self, connection: pq.abc.PGconn, call: Call, expected: list[bool]) -> None:
+        statement = call.statement
+        formats = [_BINARY] * len(call.values)
+        if self._keeps:
+            name = statement.name.encode()
+            if statement.name not in self._prepared:
+                connection.send_prepare(name, statement.text.encode(), [OIDS[type] for type in statement.types])
+                expected.append(False)
+                self._prepared.add(statement.name)
+            connection.send_query_prepared(name, call.values, formats, _BINARY)
+        else:
+            # The next transaction may be another session's: a statement without a name is all there is.
+            oids = [OIDS[type] for type in statement.types]
+            connection.send_query_params(statement.text.encode(), call.values, oids, formats, _BINARY)
+        expected.append(True)
+
+    def _clean_up(self) -> None:
+        """After an error of the server: leave the transaction."""
+        connection = self.connection
+        if connection.transaction_status != pq.TransactionStatus.IDLE:
+            connection.exec_(b"ROLLBACK")
+        if self._prepared:
+            # What was to be prepared behind the error never was, and nobody knows where that began.
+            self._prepared.clear()
+            connection.exec_(b"DEALLOCATE ALL")
+
+    @staticmethod
+    def _wait(connection: pq.abc.PGconn) -> None:
+        poll = select.poll()
+        unsent = connection.flush()
+        poll.register(connection.socket, select.POLLIN | (select.POLLOUT if unsent else 0))
+        if not poll.poll(_WAIT * 1000):
+            raise psycopg.OperationalError(f"no answer from the server for {_WAIT:g} s")
+        connection.consume_input()
+
+
+def execute(connection: pq.abc.PGconn, call: Call) -> Any:
+    """The result of one call, in whatever transaction is open, waiting for it."""
+    statement = call.statement
+    oids = [OIDS[type] for type in statement.types]
+    formats = [_BINARY] * len(call.values)
+    result = connection.exec_params(statement.text.encode(), call.values, oids, formats, _BINARY)
+    if result.status not in _GOOD:
+        raise psycopg.errors.error_from_result(result, encoding="utf-8")
+    return result

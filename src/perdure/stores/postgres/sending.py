@@ -1,0 +1,258 @@
+"""A batch until it has its verdicts: sent at once, sent again where that is right, taken apart where it must be.
+
+Sent again: when the server gave the transaction up because of others (it is gone for certain), and when the connection
+was lost (nobody knows; turns, starts and messages are known by their ids, so asking twice writes once).
+Taken apart: when the data of an item cannot be stored, which the codec should have known before.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+import psycopg
+
+from perdure.core.errors import StoreError
+from perdure.core.turn import (
+    Batch,
+    Begun,
+    Committed,
+    Fenced,
+    Kept,
+    SendVerdict,
+    StartVerdict,
+    Turn,
+    TurnVerdict,
+    Unstorable,
+    Verdict,
+)
+from perdure.stores.postgres import judging
+from perdure.stores.postgres.batch import Call, Outgoing
+from perdure.stores.postgres.errors import PACKING_ERRORS, RETRIED, lost, unfit
+from perdure.stores.postgres.queries import Statement
+
+TRIES: Final = 10
+"""Of a transaction that the server gives up because of others."""
+RECONNECTS: Final = (0.0, 0.1, 0.4)
+"""Seconds before each new connection, before a batch is given up."""
+
+
+class Way(Protocol):
+    """How transactions reach the server: `writer.Writer`, or `borrowed.Borrowed`."""
+
+    @property
+    def own(self) -> bool:
+        """Whether a transaction may be tried again here."""
+
+    def begin(self, calls: Sequence[Call]) -> None:
+        """Send one transaction."""
+
+    def finish(self) -> list[Any]:
+        """The answers to its calls."""
+
+    def probe(self, calls: Sequence[Call]) -> None:
+        """Do it and undo it: raises what the server has against it."""
+
+    def ask(self, statement: Statement, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        """The rows of one statement."""
+
+    def drop(self) -> None:
+        """The connection is of no use any more."""
+
+
+class Sending:
+    """See the module. The first transaction is on its way when this is made."""
+
+    def __init__(
+        self, writer: Way, statements: Mapping[str, Statement], clock: Callable[[], int], batch: Batch, url: str
+    ) -> None:
+        self.news = False
+        """Whether somebody may wait for what was written."""
+        self._writer = writer
+        self._statements = statements
+        self._clock = clock
+        self._url = url
+        self._batch = batch
+        # A second turn of a run can only be judged when the first one is written.
+        seen: dict[int, Turn] = {}
+        self._later = [turn for turn in batch.turns if seen.setdefault(turn.run, turn) is not turn]
+        first = batch
+        if self._later:
+            first = Batch(starts=batch.starts, sends=batch.sends, turns=list(seen.values()))
+        self._try = _Try(self, first)
+
+    def finish(self) -> list[Verdict]:
+        """The verdicts, in the order of the batch."""
+        batch = self._batch
+        starts, sends, turns = self._try.verdicts()
+        if self._later:
+            judged = dict(zip((id(turn) for turn in self._try.batch.turns), turns, strict=True))
+            for turn in self._later:
+                judged[id(turn)] = self._write(Batch(turns=[turn]))[2][0]
+            turns = [judged[id(turn)] for turn in batch.turns]
+        return [*starts, *sends, *turns]
+
+    def _write(self, batch: Batch) -> tuple[list[StartVerdict], list[SendVerdict], list[TurnVerdict]]:
+        return _Try(self, batch).verdicts()
+
+
+class _Try:
+    """One transaction, until it is written; and what its answers mean."""
+
+    def __init__(self, sending: Sending, batch: Batch, *, depth: int = 0) -> None:
+        self.batch = batch
+        self._sending = sending
+        self._depth = depth
+        self._failed: Exception | None = None
+        self._outgoing: Outgoing | None = None
+        self._send()
+
+    def verdicts(self) -> tuple[list[StartVerdict], list[SendVerdict], list[TurnVerdict]]:
+        try:
+            outgoing = self._written()
+        except PACKING_ERRORS as error:
+            return self._apart(error)
+        except psycopg.Error as error:
+            if not unfit(error):
+                raise
+            return self._apart(error)
+        self._sending.news = self._sending.news or outgoing.news
+        return self._starts(outgoing), self._sends(outgoing), self._turns(outgoing)
+
+    # --- sending it until it is written
+
+    def _send(self) -> None:
+        """Send it; what goes wrong is looked at when the answers are."""
+        self._failed = None
+        sending = self._sending
+        try:
+            self._outgoing = Outgoing(self.batch, sending._clock(), sending._statements)
+            sending._writer.begin(self._outgoing.calls)
+        except (psycopg.Error, *PACKING_ERRORS) as error:
+            self._failed = error
+
+    def _written(self) -> Outgoing:
+        tries = 0
+        reconnects = iter(RECONNECTS)
+        while True:
+            try:
+                if self._failed is not None:
+                    raise self._failed
+                outgoing = self._outgoing
+                assert outgoing is not None
+                outgoing.read(self._sending._writer.finish())
+                return outgoing
+            except psycopg.Error as error:
+                if not self._sending._writer.own:
+                    raise
+                if error.sqlstate in RETRIED and tries < TRIES:
+                    # 2 ms doubling to a second, spread: whoever collided does not collide again.
+                    pause = random.uniform(0.5, 1.0) * min(0.002 * 2**tries, 1.0)
+                    tries += 1
+                elif lost(error):
+                    self._sending._writer.drop()
+                    next_pause = next(reconnects, None)
+                    if next_pause is None:
+                        raise
+                    pause = next_pause
+                else:
+                    raise
+            time.sleep(pause)
+            self._send()
+
+    def _ask(self, name: str, /, **parameters: Any) -> list[tuple[Any, ...]]:
+        """The rows of one statement, outside any transaction; asked again if the connection is lost."""
+        writer = self._sending._writer
+        for pause in RECONNECTS:
+            try:
+                return writer.ask(self._sending._statements[name], parameters)
+            except psycopg.Error as error:
+                if not lost(error) or not writer.own:
+                    raise
+                writer.drop()
+                time.sleep(pause)
+        return writer.ask(self._sending._statements[name], parameters)
+
+    # --- what the answers mean
+
+    def _starts(self, outgoing: Outgoing) -> list[StartVerdict]:
+        starts = self.batch.starts
+        if outgoing.begun is not None:
+            return [
+                Begun(run=key, id=start.id, epoch=0 if start.owner is None else 1, version=0, at=outgoing.now)
+                for key, start in zip(outgoing.begun, starts, strict=True)
+            ]
+        if not starts:
+            return []
+        judged = judging.judge_starts(self._ask, starts, outgoing.now)
+        return [
+            self._again(Batch(starts=[start]))[0][0] if verdict is None else verdict
+            for start, verdict in zip(starts, judged, strict=True)
+        ]
+
+    def _sends(self, outgoing: Outgoing) -> list[SendVerdict]:
+        sends, kept = self.batch.sends, outgoing.kept
+        if len(kept) == len(sends):
+            return [Kept(run=kept[place]) for place in range(len(sends))]
+        judged = iter(judging.judge_sends(self._ask, sends, kept))
+        verdicts: list[SendVerdict] = []
+        for place, send in enumerate(sends):
+            verdict = Kept(run=kept[place]) if place in kept else next(judged)
+            # What was refused for want of room that there is: others before it were counted and not kept.
+            verdicts.append(self._again(Batch(sends=[send]))[1][0] if verdict is None else verdict)
+        return verdicts
+
+    def _turns(self, outgoing: Outgoing) -> list[TurnVerdict]:
+        committed = outgoing.committed
+        turns = self.batch.turns
+        missed = [turn for turn in turns if turn.run not in committed]
+        if not missed:
+            return [Committed(run=turn.run) for turn in turns]
+        judged = iter(judging.judge_turns(self._ask, missed))
+        return [Committed(run=turn.run) if turn.run in committed else next(judged) for turn in turns]
+
+    def _again(self, batch: Batch) -> tuple[list[StartVerdict], list[SendVerdict], list[TurnVerdict]]:
+        if self._depth > 3:
+            url = self._sending._url
+            raise StoreError(
+                f"The store {url} neither wrote an item nor says why. Others may be removing what stands in its way. "
+                "Try again, and report it to us.",
+                store=url,
+            )
+        return _Try(self._sending, batch, depth=self._depth + 1).verdicts()
+
+    # --- what cannot be stored
+
+    def _apart(self, error: Exception) -> tuple[list[StartVerdict], list[SendVerdict], list[TurnVerdict]]:
+        """Write the batch without the turns that cannot be stored."""
+        batch, url = self.batch, self._sending._url
+        reasons = {turn.run: reason for turn in batch.turns if (reason := self._reason(Batch(turns=[turn])))}
+        if not reasons:
+            raise StoreError(
+                f"A start or message cannot be stored in {url}. {error}. Nothing was written.", store=url
+            ) from error
+        good = [turn for turn in batch.turns if turn.run not in reasons]
+        bad = [turn for turn in batch.turns if turn.run in reasons]
+        starts, sends, written = self._again(Batch(starts=batch.starts, sends=batch.sends, turns=good))
+        # A fence that does not hold says so first, as for any other turn.
+        verdicts = dict(zip((turn.run for turn in good), written, strict=True))
+        for turn, verdict in zip(bad, judging.judge_turns(self._ask, bad), strict=True):
+            stays = isinstance(verdict, (Fenced, Committed))
+            verdicts[turn.run] = verdict if stays else Unstorable(run=turn.run, reason=reasons[turn.run])
+        return starts, sends, [verdicts[turn.run] for turn in batch.turns]
+
+    def _reason(self, batch: Batch) -> str:
+        """Why the data of this batch cannot be stored, or nothing: tried in a transaction that is given up."""
+        sending = self._sending
+        try:
+            calls = Outgoing(batch, sending._clock(), sending._statements).calls
+            sending._writer.probe(calls)
+        except PACKING_ERRORS as error:
+            return str(error)
+        except psycopg.Error as error:
+            if not unfit(error):
+                raise
+            return str(error)
+        return ""

@@ -1,0 +1,271 @@
+"""The transaction of a step: a session of its own, fenced first, ended by nobody but us.
+
+The database itself keeps others from committing it: the fence leaves a pledge, under a constraint that is looked at
+when the transaction ends, and only our record of the step takes the pledge away. The function's connection is a new
+object each time, over a session that is used again; when the step is over, the object does nothing any more.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import psycopg
+from psycopg import pq
+
+from perdure.core.errors import RolledBack
+from perdure.core.turn import Batch, Turn, TurnVerdict, Unstorable
+from perdure.stores.postgres import judging
+from perdure.stores.postgres.batch import Call, Outgoing
+from perdure.stores.postgres.errors import PACKING_ERRORS, RETRIED, lost, ours, translate, unfit
+from perdure.stores.postgres.packing import PACK
+from perdure.stores.postgres.pipe import Pipe
+from perdure.stores.postgres.queries import Statement
+from perdure.stores.postgres.writer import BEGIN
+
+MOST: Final = 4
+"""Transactions of steps that one process has open at once, and so connections; others wait."""
+TRIES: Final = 5
+CLEAN: Final = (
+    b"CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; SELECT pg_advisory_unlock_all(); "
+    b"DISCARD TEMP; DISCARD SEQUENCES"
+)
+"""DISCARD ALL, but for the statements that we have prepared."""
+OWN_END: Final = (
+    "The transaction of a step is committed by Perdure, together with the record that the step was made, or rolled "
+    "back when its function raises. {} would part the two. Leave it out; use `with connection.transaction():` to undo "
+    "a part."
+)
+
+
+class StepConnection(psycopg.Connection[Any]):
+    """What the function of a transaction step gets: a `psycopg.Connection` that does not end its transaction."""
+
+    _pool = None  # the session is given back, not closed, when this object goes
+    _over: RolledBack | None = None
+
+    def wait(self, *args: Any, **named: Any) -> Any:
+        """Every call of the connection and its cursors comes through here."""
+        if self._over is not None:
+            raise self._over
+        return super().wait(*args, **named)
+
+    def commit(self) -> None:
+        raise RuntimeError(OWN_END.format("commit()"))
+
+    def rollback(self) -> None:
+        raise RuntimeError(OWN_END.format("rollback()"))
+
+    def close(self) -> None:
+        raise RuntimeError(OWN_END.format("close()"))
+
+    def __enter__(self) -> Any:
+        raise RuntimeError(OWN_END.format("`with connection:`, which commits at its end,"))
+
+
+class Session:
+    """A connection of the server that steps use one after the other."""
+
+    def __init__(self, db: psycopg.Connection[Any], *, pooled: bool) -> None:
+        self.db: Final = db
+        self.pipe: Final = Pipe(db.pgconn, keeps_statements=not pooled)
+        self.used = False
+
+
+class StepTransaction:
+    """See `contract.OpenTransaction`."""
+
+    connection: StepConnection
+
+    def __init__(self, steps: Steps, session: Session, turn: Turn) -> None:
+        self.connection = StepConnection(session.db.pgconn)
+        self.connection.prepare_threshold = None  # its names would meet those of the step before
+        self._steps = steps
+        self._session = session
+        self._turn = turn
+        self._thread = threading.get_ident()
+        self._ended = False
+
+    @property
+    def gone(self) -> RolledBack | None:
+        return self.connection._over
+
+    def commit(self, events: Sequence[str]) -> None:
+        connection, session, url = self.connection, self._session, self._steps.url
+        with connection.lock:
+            if self._ended:
+                raise connection._over or self._steps.over("it has ended")
+            if connection.pgconn.transaction_status not in (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR):
+                self._end(self._steps.over("it had been ended by its function, or the connection was lost"), keep=False)
+                assert connection._over is not None
+                raise connection._over
+            turn = self._turn
+            record = self._steps.call(
+                "record_step",
+                count=len(events),
+                bytes=sum(len(event.encode()) for event in events),
+                run=turn.run,
+                turn=turn.id,
+                follows=turn.first_seq - 1,
+                events=list(events),
+            )
+            try:
+                session.pipe.send((), [record], [b"COMMIT"])
+                session.pipe.collect()
+            except psycopg.Error as error:
+                gone = lost(error)
+                self._end(self._steps.over("it could not be committed"), keep=False)
+                if gone:
+                    raise translate(error, url) from error
+                raise
+            self._end(self._steps.over("it is committed"), keep=True)
+
+    def roll_back(self) -> None:
+        connection = self.connection
+        if self._ended:
+            return
+        over = self._steps.over("it was given up")
+        if threading.get_ident() != self._thread:
+            # A statement that runs now is stopped, and lets go of the lock.
+            connection._over = over
+            try:
+                self._session.db.cancel_safe(timeout=2)
+            except psycopg.Error:
+                pass  # what it waits for ends with the session at the latest
+        with connection.lock:
+            if not self._ended:
+                self._end(over, keep=False)
+
+    def repeats(self, error: BaseException) -> bool:
+        return isinstance(error, psycopg.Error) and error.sqlstate in RETRIED
+
+    def _end(self, over: RolledBack, *, keep: bool) -> None:
+        self._ended = True
+        self.connection._over = over
+        self._steps.give_back(self._session, keep=keep)
+
+
+class Steps:
+    """The transactions of one store's steps.
+
+    connect: a new connection, and whether it is pooled. clock: of the store.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        connect: Callable[[], tuple[psycopg.Connection[Any], bool]],
+        statements: Mapping[str, Statement],
+        clock: Callable[[], int],
+    ) -> None:
+        self.url: Final = url
+        self._connect = connect
+        self._statements = statements
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._room = threading.Semaphore(MOST)
+        self._idle: list[Session] = []
+        self._closed = False
+
+    def begin(self, turn: Turn) -> StepTransaction | TurnVerdict:
+        """Open one, fenced by this turn; or the verdict, if the fence does not hold or the turn is written."""
+        self._room.acquire()
+        try:
+            with ours(self.url):
+                opened = self._begin(turn)
+        except BaseException:
+            self._room.release()
+            raise
+        if not isinstance(opened, StepTransaction):
+            self._room.release()
+        return opened
+
+    def _begin(self, turn: Turn) -> StepTransaction | TurnVerdict:
+        tries = 0
+        while True:
+            session = self._take()
+            try:
+                return self._fenced(session, turn)
+            except PACKING_ERRORS as error:
+                self._put(session)
+                return Unstorable(run=turn.run, reason=str(error))
+            except psycopg.Error as error:
+                session.db.close()
+                tries += 1
+                if unfit(error):
+                    return Unstorable(run=turn.run, reason=str(error))
+                if tries >= TRIES or not (lost(error) or error.sqlstate in RETRIED):
+                    raise
+                time.sleep(0.01 * 2**tries)
+
+    def _fenced(self, session: Session, turn: Turn) -> StepTransaction | TurnVerdict:
+        outgoing = Outgoing(Batch(turns=[turn]), self._clock(), self._statements)
+        calls = [*outgoing.calls]
+        if outgoing.calls:
+            calls.append(self.call("pledge", run=turn.run))
+        if session.used:
+            session.pipe.connection.exec_(CLEAN)
+        session.used = True
+        session.pipe.send([BEGIN], calls)
+        outgoing.read(session.pipe.collect())
+        if turn.run in outgoing.committed:
+            return StepTransaction(self, session, turn)
+        session.pipe.connection.exec_(b"ROLLBACK")
+
+        def ask(name: str, /, **parameters: Any) -> list[tuple[Any, ...]]:
+            return session.db.execute(self._statements[name].named.encode(), parameters).fetchall()
+
+        [verdict] = judging.judge_turns(ask, [turn])
+        self._put(session)
+        return verdict
+
+    def call(self, name: str, /, **values: Any) -> Call:
+        statement = self._statements[name]
+        return Call(
+            statement,
+            [PACK[type](values[name]) for name, type in zip(statement.parameters, statement.types, strict=True)],
+        )
+
+    def over(self, why: str) -> RolledBack:
+        return RolledBack(
+            f"The transaction of this step is over: {why}. Use the connection inside the step's function only.",
+            store=self.url,
+        )
+
+    def give_back(self, session: Session, *, keep: bool) -> None:
+        """A transaction has ended; one that was not committed takes its session with it."""
+        if keep:
+            self._put(session)
+        else:
+            session.db.close()
+        self._room.release()
+
+    def close(self) -> None:
+        """Close what is idle."""
+        with self._lock:
+            idle, self._idle, self._closed = self._idle, [], True
+        for session in idle:
+            session.db.close()
+
+    def forget(self) -> list[psycopg.Connection[Any]]:
+        """In a forked child: let go of the parent's sessions without touching them."""
+        held = [session.db for session in self._idle]
+        self._lock, self._room, self._idle = threading.Lock(), threading.Semaphore(MOST), []
+        return held
+
+    def _take(self) -> Session:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        db, pooled = self._connect()
+        return Session(db, pooled=pooled)
+
+    def _put(self, session: Session) -> None:
+        with self._lock:
+            if not self._closed:
+                self._idle.append(session)
+                return
+        session.db.close()

@@ -1,0 +1,106 @@
+-- name: bury_retired
+-- Make an incarnation that ends in peace dead for ever; whether it lived.
+UPDATE perdure.workers SET dead = 1, dead_at = $now::int8 WHERE incarnation = $incarnation::text AND dead = 0
+RETURNING incarnation;
+
+-- name: bury
+-- Make incarnations dead for ever: those whose lease ran out, and those of this list if they have not beaten since.
+UPDATE perdure.workers AS worker SET dead = 1, dead_at = $now::int8
+WHERE worker.dead = 0 AND (
+    worker.beat_at + worker.ttl < $now::int8
+    OR (worker.incarnation, worker.beat_at) IN (SELECT * FROM unnest($gone::text[], $beats::int8[]))
+)
+RETURNING worker.incarnation;
+
+-- name: close_graves
+-- Who has been dead for an hour and owns nothing will never be given anything: no transaction of its time is open.
+UPDATE perdure.workers AS worker SET dead = 2
+WHERE worker.dead = 1 AND worker.dead_at < $now::int8 - 3600000000
+    AND NOT EXISTS (SELECT 1 FROM perdure.runs AS run WHERE run.owner = worker.incarnation);
+
+-- name: patrol
+-- What a round has to look after: whether a lease ran out or a dead worker still owns runs; whether a run is overdue;
+-- whether others are at work; and which living incarnations' connections are not there any more, with their last
+-- beats. A connection that we may not see has hidden columns, which is not the same as being gone. A server that
+-- started after a connection did has ended it, and no worker.
+SELECT
+    EXISTS (
+        SELECT 1 FROM perdure.workers AS worker WHERE worker.dead = 0 AND worker.beat_at + worker.ttl < $now::int8
+    ) OR EXISTS (
+        SELECT 1 FROM perdure.workers AS worker JOIN perdure.runs AS run ON run.owner = worker.incarnation
+        WHERE worker.dead = 1
+    ),
+    EXISTS (
+        SELECT 1 FROM perdure.runs AS run WHERE run.deadline_at <= $now::int8 AND run.ended_at IS NULL
+    ) OR EXISTS (
+        SELECT 1 FROM perdure.runs AS run
+        WHERE run.strikes >= 2 AND run.strikes >= 3 AND run.ended_at IS NULL AND run.owner IS NOT DISTINCT FROM NULL
+            AND run.status <> 'quarantined'
+    ),
+    EXISTS (
+        SELECT 1 FROM perdure.workers AS worker JOIN perdure.runs AS run ON run.owner = worker.incarnation
+        WHERE worker.dead = 0 AND worker.incarnation <> ALL($own::text[])
+    ),
+    coalesce(array_agg(gone.incarnation), '{}'), coalesce(array_agg(gone.beat_at), '{}')
+FROM (
+    SELECT worker.incarnation, worker.beat_at FROM perdure.workers AS worker
+    WHERE worker.dead = 0 AND worker.backend IS NOT NULL AND worker.backend_start >= pg_postmaster_start_time()
+        AND NOT EXISTS (
+            SELECT 1 FROM pg_stat_get_activity(worker.backend) AS session
+            WHERE session.backend_start IS NULL OR session.backend_start = worker.backend_start
+        )
+) AS gone;
+
+-- name: worker
+-- One incarnation, also a dead one.
+SELECT incarnation, name, namespace, serves, ttl, beat_at, dead FROM perdure.workers
+WHERE incarnation = $incarnation::text;
+
+-- name: serving
+-- What the living workers of a namespace serve.
+SELECT serves FROM perdure.workers
+WHERE dead = 0 AND namespace = $namespace::text AND $now::int8 <= beat_at + ttl;
+
+-- name: announce
+-- Keep an incarnation's row; announcing again replaces it, unless it is dead.
+INSERT INTO perdure.workers AS known (incarnation, name, namespace, queues, serves, ttl, announced_at, beat_at)
+VALUES ($incarnation::text, $name::text, $namespace::text, $queues::text, $serves::text, $ttl::int8, $now::int8, $now::int8)
+ON CONFLICT (incarnation) DO UPDATE SET
+    name = excluded.name, namespace = excluded.namespace, queues = excluded.queues, serves = excluded.serves,
+    ttl = excluded.ttl, announced_at = excluded.announced_at, beat_at = excluded.beat_at
+    WHERE known.dead = 0
+RETURNING incarnation;
+
+-- name: beat
+-- An incarnation lives, and by this connection if there is one (0: none); its lease's length is the answer.
+UPDATE perdure.workers AS worker SET
+    beat_at = $now::int8,
+    backend = nullif($backend::int4, 0),
+    backend_start = (SELECT session.backend_start FROM pg_stat_get_activity($backend::int4) AS session)
+WHERE worker.incarnation = $incarnation::text AND worker.dead = 0
+RETURNING worker.ttl;
+
+-- name: serve
+-- Keep what was announced, the newest announcement of a name over older ones.
+INSERT INTO perdure.served (namespace, kind, name, queue, signature, announced_at)
+SELECT $namespace::text, one.kind, one.name, one.queue, one.signature, $now::int8
+FROM unnest($kinds::text[], $names::text[], $queues::text[], $signatures::text[]) AS one (kind, name, queue, signature)
+ORDER BY one.kind, one.name
+ON CONFLICT (namespace, kind, name) DO UPDATE SET
+    queue = excluded.queue, signature = excluded.signature, announced_at = excluded.announced_at;
+
+-- name: served
+-- All that was ever announced in a namespace.
+SELECT kind, name, queue, signature FROM perdure.served WHERE namespace = $namespace::text ORDER BY kind, name;
+
+-- name: unblock
+-- Make blocked runs of workflows due now.
+UPDATE perdure.runs AS run SET wake_at = $now::int8, due_at = $now::int8
+WHERE run.key = ANY(ARRAY(
+    SELECT blocked.key FROM perdure.runs AS blocked
+    WHERE blocked.namespace = $namespace::text AND blocked.workflow = ANY($workflows::text[])
+        AND blocked.status = 'blocked' AND blocked.owner IS NOT DISTINCT FROM NULL
+        AND (blocked.wake_at IS NULL OR blocked.wake_at > $now::int8)
+    ORDER BY blocked.key
+    FOR NO KEY UPDATE OF blocked SKIP LOCKED
+));
