@@ -78,6 +78,7 @@ class SQLiteStore:
     url: str
     durability: str
     transactions: bool = True
+    rounds: float = 0.5
 
     def __init__(
         self,
