@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Final, Generic, ParamSpec, TypeVar, overload
+from typing import Any, Final, Generic, ParamSpec, Protocol, TypeVar, overload
 
 import msgspec
 
@@ -38,13 +38,14 @@ from perdure.core.errors import (
 )
 from perdure.core.failure import RecordedError
 from perdure.core.ids import sortable_id
-from perdure.core.limits import Limits, check_id, check_message_id, check_name
+from perdure.core.limits import Limits, check_id, check_message_id, check_name, limits_of
 from perdure.core.retry import duration, instant, micros
 from perdure.core.signature import Parameter, Signature
 from perdure.core.status import ENDED, Status
 from perdure.core.turn import (
     Address,
     Announced,
+    Batch,
     Begun,
     Committed,
     Conflict,
@@ -60,11 +61,13 @@ from perdure.core.turn import (
     Start,
     Taken,
     Turn,
+    Verdict,
 )
 from perdure.info import Event, RunInfo, RunPage, events_of, info_of
+from perdure.runtime import entropy
 from perdure.runtime.registry import Registry, Workflow
 from perdure.stores.contract import Store
-from perdure.stores.opening import open_store
+from perdure.stores.opening import check_store, open_store
 from perdure.worker.committer import Committer, CommitterThread
 from perdure.worker.ending import end_without_code
 from perdure.worker.remote_end import CANCEL
@@ -114,11 +117,41 @@ class Ending:
     error: str | None
 
 
+class _Starting:
+    """A start on its way into the store. shift: of the worker that owns the run from its start, if it is this one."""
+
+    __slots__ = ("event", "future", "shift", "start")
+
+    def __init__(self, shift: Shift | None, start: Start, event: ev.Started, future: asyncio.Future[Any]) -> None:
+        self.shift = shift
+        self.start = start
+        self.event = event
+        self.future = future
+
+    def answered(self, verdict: Any) -> None:
+        """The verdict, or what went wrong: the run begins before its starter goes on."""
+        if not self.future.done():
+            self.future.set_result(verdict)
+        if self.shift is not None and isinstance(verdict, Begun):
+            self.shift.begun(self.start, self.event, verdict.run, id=verdict.id, version=verdict.version, at=verdict.at)
+
+
+class CallersTransaction(Protocol):
+    """A transaction that the caller of the sync face has open, in a thread of its own."""
+
+    async def write(self, store: Store, batch: Batch) -> list[Verdict]:
+        """Have the batch written there."""
+
+
+callers_transaction: Final[ContextVar[CallersTransaction | None]] = ContextVar("perdure_callers", default=None)
+"""Where this call writes, if not through the committer."""
+
+
 class Core:
     """What a client and all its option views share."""
 
     def __init__(self, store: str | Store | None, namespace: str, limits: Limits) -> None:
-        self.given = store
+        self.given = check_store(store)
         self.namespace = check_name(namespace, "namespace=")
         self.limits = limits
         self.store: Store = None  # type: ignore[assignment]  # opened at first use
@@ -190,6 +223,10 @@ class Core:
 
     def _answer(self, answers: list[tuple[Callable[[Any], None], Any]], mail: Sequence[Mail]) -> None:
         assert self.loop is not None
+        if _get_running_loop() is self.loop:
+            # The loop itself has written it.
+            self._answered(answers)
+            return
         try:
             self.loop.call_soon_threadsafe(self._answered, answers)
         except RuntimeError:
@@ -262,6 +299,18 @@ class Core:
         add(self.committer, answer)
         self.kick()
         verdict = await future
+        if isinstance(verdict, PerdureError):
+            raise verdict
+        return verdict
+
+    async def started(self, start: Start, event: ev.Started) -> Any:
+        """Write a start with the next batch and wait for its verdict; what this process owns begins at once."""
+        assert self.loop is not None
+        assert self.committer is not None
+        starting = _Starting(self.shift if start.owner is not None else None, start, event, self.loop.create_future())
+        self.committer.start(start, starting.answered)
+        self.kick()
+        verdict = await starting.future
         if isinstance(verdict, PerdureError):
             raise verdict
         return verdict
@@ -355,7 +404,7 @@ class Client:
         codec: Any = None,
     ) -> None:
         _no_codec(codec)
-        self._core = Core(store, namespace, limits if limits is not None else Limits())
+        self._core = Core(store, namespace, limits_of(limits))
         self._options = StartOptions()
 
     async def __aenter__(self: C) -> C:
@@ -391,13 +440,20 @@ class Client:
         delay: timedelta | float | None = None,
         queue: str | None = None,
         timeout: timedelta | float | None = None,
+        connection: Any = None,
     ) -> C:
         """The same client with these options for the next `start`.
 
         id: 1 to 255 printable characters; default: a new one. idempotency_key: one run per key, workflow and
         `idempotency_ttl`. if_exists: "use" the run that has the id (also an ended one) or "fail". at, delay: start
-        later. queue: instead of the workflow's own. timeout: the longest the run may take.
+        later. queue: instead of the workflow's own. timeout: the longest the run may take. connection: only on the
+        sync face.
         """
+        if connection is not None:
+            raise TypeError(
+                "options(connection=…) was given to the async face. A transaction belongs to the thread that has the "
+                "connection, and this face writes in another. Use engine.sync.options(connection=…) in that thread."
+            )
         if if_exists in ("restart", "terminate"):
             raise ValueError(f'if_exists="{if_exists}" comes with a later version. Use "use" or "fail".')
         if if_exists not in ("use", "fail"):
@@ -434,7 +490,13 @@ class Client:
         core = self._core
         if not core.ready:
             await core.open()
-        target, name, input, queue, timeout = await self._prepared(workflow, args, kwargs)
+        target = core.registry.workflows.get(workflow.name) if isinstance(workflow, Workflow) else None
+        if target is not None and target is workflow:
+            # Served here: nothing to look up.
+            name, queue, timeout = target.name, target.queue, target.timeout
+            input = target.signature.encode(args, kwargs, limits=core.limits)
+        else:
+            target, name, input, queue, timeout = await self._prepared(workflow, args, kwargs)
         options = self._options
         store = core.store
         now = store.now()
@@ -448,12 +510,15 @@ class Client:
         if options.timeout is not None:
             timeout = options.timeout
         begins = start_at if start_at is not None else now
-        seed = secrets.token_hex(16)
+        drawn = entropy.drawn(26)
+        seed = drawn[:16].hex()
         queue = options.queue if options.queue is not None else queue
         shift = core.shift
         owner: str | None = None
+        callers = callers_transaction.get()
         if (
             shift is not None
+            and callers is None
             and start_at is None
             and target is not None
             and core.registry.workflows.get(name) is target
@@ -462,15 +527,16 @@ class Client:
         ):
             owner = shift.incarnation
         text = input.decode()
+        started = ev.Started(at=begins, seed=seed)
         key = options.idempotency_key
         start = Start(
             namespace=core.namespace,
-            id=options.id if options.id is not None else sortable_id(now, secrets.randbits(80)),
+            id=options.id if options.id is not None else sortable_id(now, int.from_bytes(drawn[16:], "big")),
             workflow=name,
             input=text,
             digest=codec.digest128(input),
             seed=seed,
-            event=stored.encode(ev.Started(at=begins, seed=seed)),
+            event=stored.encode(started),
             queue=queue,
             start_at=start_at,
             deadline_at=None if timeout is None else begins + micros(timeout),
@@ -482,7 +548,10 @@ class Client:
             language=LANGUAGE,
         )
         returns = target.returns if target is not None else _ANY
-        verdict = await core.write(lambda committer, answer: committer.start(start, self._owning(start, answer)))
+        if callers is not None:
+            [verdict] = await callers.write(store, Batch(starts=[start]))
+        else:
+            verdict = await core.started(start, started)
         if isinstance(verdict, (Begun, Existing)):
             return RunHandle(core, verdict.id, returns, key=verdict.run)
         if isinstance(verdict, Taken):
@@ -491,19 +560,6 @@ class Client:
         there = await core.read(lambda: store.run(core.namespace, verdict.id))
         differs = "workflow" if there is not None and there.workflow != name else "input"
         raise IdempotencyConflict(verdict.key or verdict.id, run_id=verdict.id, differs=differs)
-
-    def _owning(self, start: Start, answer: Callable[[Any], None]) -> Callable[[Any], None]:
-        """The answer to a start: what this process owns begins at once, before the caller goes on."""
-        if start.owner is None:
-            return answer
-
-        def answered(verdict: Any) -> None:
-            answer(verdict)
-            shift = self._core.shift
-            if isinstance(verdict, Begun) and shift is not None:
-                shift.begun(start, verdict.run, id=verdict.id, version=verdict.version, at=verdict.at)
-
-        return answered
 
     async def _prepared(
         self, workflow: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -667,13 +723,11 @@ class RunHandle(Generic[R]):
 
         def look() -> str:
             store = core.store
-            announced = store.announced(core.namespace)
             around = why_.Surroundings(
-                served=frozenset(each.name for each in announced if each.live),
-                announced=frozenset(each.name for each in announced),
+                taken=why_.taken_from(store.announced(core.namespace)),
                 worker=None if row.owner is None else store.worker(row.owner),
                 mail=store.mailbox(row.key),
-                children={child.id: child.status for child in store.children(row.key)},
+                children={child.id: child for child in store.children(row.key)},
             )
             return why_.why(row, store.now(), around)
 
@@ -692,7 +746,7 @@ class RunHandle(Generic[R]):
         own = type(value) if hasattr(type(value), "__annotations__") else Any
         data = codec.encode(value, annotation=own, what=what, limits=self._core.limits)
         if message_id is None:
-            message_id = secrets.token_hex(12)
+            message_id = entropy.drawn(12).hex()
         else:
             check_message_id(message_id)
         await self._send(
@@ -715,7 +769,13 @@ class RunHandle(Generic[R]):
         return Address(namespace=self._core.namespace, id=self.id)
 
     async def _send(self, send: Send, *, quiet: bool = False) -> None:
-        verdict = await self._core.write(lambda committer, answer: committer.send(send, answer))
+        callers = callers_transaction.get()
+        verdict: Any
+        if callers is not None:
+            await self._core.open()
+            [verdict] = await callers.write(self._core.store, Batch(sends=[send]))
+        else:
+            verdict = await self._core.write(lambda committer, answer: committer.send(send, answer))
         if isinstance(verdict, NotFound):
             raise RunNotFound(self.id, namespace=self._core.namespace)
         if isinstance(verdict, Finished) and not quiet:
@@ -743,7 +803,7 @@ class RunHandle(Generic[R]):
                     row,
                     "terminated",
                     reason=reason,
-                    turn_id=f"{secrets.token_hex(16)}-1",
+                    turn_id=f"{entropy.drawn(16).hex()}-1",
                 )
             )
             verdict = await core.write(functools.partial(_add_turn, turn))

@@ -16,16 +16,17 @@ import warnings
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from hashlib import blake2b
-from typing import Any, Final, Generic, ParamSpec, Protocol, TypeVar, overload
+from threading import get_ident
+from typing import Any, Concatenate, Final, Generic, ParamSpec, Protocol, TypeVar, overload
 
 import msgspec
 
 from perdure.core.codec import plan
-from perdure.core.errors import Cancelled, Evicted, Unwinding, timed_out
+from perdure.core.errors import Cancelled, Evicted, NoTransactions, Unwinding, timed_out
 from perdure.core.limits import Limits, check_id
 from perdure.core.match import CANCELLED, DONE, Line, Op
 from perdure.core.retry import duration, instant, micros, moment
-from perdure.runtime import steps
+from perdure.runtime import inside, steps
 from perdure.runtime.loop import RunLoop, StepWait
 from perdure.runtime.registry import Activity, Workflow
 from perdure.runtime.steps import NO_OPTIONS, Options, call_site
@@ -92,7 +93,9 @@ class _Asking:
 
     def _checked(self, id: str, what: str = "a step id") -> Line:
         facts = self._facts
-        facts.may_speak(what)
+        # As `may_speak`, which says why not.
+        if facts.line.dead or facts.where.inside != get_ident() or _collecting.thread:
+            facts.may_speak(what)
         if type(id) is not str or not id.isprintable() or not 0 < len(id) <= 255:
             check_id(id, what)
         return facts.line
@@ -104,6 +107,14 @@ class _Asking:
             op = steps.activity(id, fn, args, kwargs, options, self._facts.limits, call_site(depth), line.run_id)
         else:
             op = steps.local(id, fn, args, kwargs, options, self._facts.limits, call_site(depth))
+        line.ask(op)
+        return op
+
+    def _transaction(self, id: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Op:
+        line = self._checked(id)
+        if self._facts.without_transactions:
+            raise NoTransactions.of(f'ctx.step.transaction("{id}", …)', store=self._facts.without_transactions)
+        op = steps.transaction(id, fn, args, kwargs, self._options, self._facts.limits, call_site(3))
         line.ask(op)
         return op
 
@@ -201,12 +212,17 @@ def step_key(seed: str, step: str) -> str:
 class Facts:
     """What the contexts of one run share; made by the play, told by it when the run is over."""
 
-    __slots__ = ("host", "input_first", "known", "limits", "line", "raised", "random", "run", "seed", "uuids")
+    __slots__ = (
+        *("host", "input_first", "known", "limits", "line", "raised", "random", "run", "seed", "uuids", "where"),
+        "without_transactions",
+    )
 
     def __init__(
         self, *, host: Host, run: ThisRun, seed: str, limits: Limits, known: Mapping[str, Workflow[Any, Any]]
     ) -> None:
         self.host = host
+        # The one of the two that keeps `inside`: the loop of an async run, else the driver.
+        self.where: Any = getattr(host, "loop", host)
         self.line = host.line
         self.run = run
         self.seed = seed
@@ -216,6 +232,7 @@ class Facts:
         self.uuids = 0
         self.input_first: Any = None
         self.raised = 0
+        self.without_transactions = ""  # the URL of a store that has none
 
     def may_speak(self, what: str) -> None:
         """Refuse calls of a dead context, and of anybody but the body."""
@@ -225,7 +242,7 @@ class Facts:
                 raise Evicted(f"Run {self.run.id} has left memory.")
             self.host.hold()
             return
-        ident = threading.get_ident()
+        ident = get_ident()
         if self.host.inside != ident:
             if self.host.stopped is not None:
                 self.raised += 1
@@ -464,7 +481,7 @@ class Step(_Asking):
     __slots__ = ()
 
     def _operation(self, op: Op) -> Operation[Any]:
-        return Operation(op, self._facts.host.loop)  # type: ignore[attr-defined]
+        return Operation(op, self._facts.where)
 
     def options(self, **options: Any) -> Step:
         """The same `step` with settings in front of your own arguments.
@@ -485,7 +502,24 @@ class Step(_Asking):
     def run(self, id: str, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Operation[R]: ...
     def run(self, id: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Operation[Any]:
         """Run `fn(*args, **kwargs)` here; once its outcome is recorded it never runs again."""
-        return self._operation(self._local(id, fn, args, kwargs))
+        return Operation(self._local(id, fn, args, kwargs), self._facts.where)
+
+    @overload
+    def transaction(
+        self, id: str, fn: Activity[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Operation[R]: ...
+    @overload
+    def transaction(
+        self, id: str, fn: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Operation[R]: ...
+    def transaction(self, id: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Operation[Any]:
+        """Run `fn(connection, *args, **kwargs)` in a thread, its effect and its record in one commit.
+
+        connection: open on the store's own database, in a transaction that Perdure commits when `fn` returns, or
+        rolls back when it raises. `fn` is plain, quick (5 seconds on SQLite, where it is the only writer) and does
+        nothing elsewhere: it runs again if its transaction was rolled back.
+        """
+        return self._operation(self._transaction(id, fn, args, kwargs))
 
     def sleep(
         self,
@@ -617,6 +651,7 @@ class SyncStep(_Asking):
     __slots__ = ()
 
     def _finish(self, op: Op) -> Any:
+        inside.refuse(f'ctx.step ("{op.id}")')
         line = self._facts.line
         line.begin(op)
         if not op.over:
@@ -641,6 +676,14 @@ class SyncStep(_Asking):
     def run(self, id: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """As `Step.run`."""
         return self._finish(self._local(id, fn, args, kwargs))
+
+    @overload
+    def transaction(self, id: str, fn: Activity[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    @overload
+    def transaction(self, id: str, fn: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    def transaction(self, id: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """As `Step.transaction`."""
+        return self._finish(self._transaction(id, fn, args, kwargs))
 
     def sleep(
         self,

@@ -52,7 +52,10 @@ NOTHING = Asked((), (), (), ())
 
 
 class Play:
-    """See the module. input: the stored input, read from the run's row."""
+    """See the module. input: the stored input, read from the run's row.
+
+    without_transactions: the URL of a store that has none, so that transaction steps are refused.
+    """
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class Play:
         limits: Limits,
         known: Mapping[str, Workflow[Any, Any]],
         threads: BodyThreads,
+        without_transactions: str = "",
     ) -> None:
         self.workflow = workflow
         self.run = run
@@ -74,6 +78,7 @@ class Play:
         self._limits = limits
         self._known = known
         self._threads = threads
+        self._without_transactions = without_transactions
         self.line = Line(run.id)
         self.driver: AsyncDriver | SyncDriver | None = None
         # A sync run gives its thread back while it waits, and is rebuilt from this.
@@ -88,10 +93,18 @@ class Play:
         """Whether nothing more can be delivered: the code has ended, differs or did not rest."""
         return self.end is not None or self.line.difference is not None or self.restless
 
+    def begin(self, started: ev.Started) -> None:
+        """Begin a life that has no record yet but its `started`."""
+        self.line.open(started.at, number=1, last=True)
+        self._deliver(started, UNSET)
+        if self._kept is not None:
+            self._kept.append(started)
+
     def replay(self, events: Sequence[ev.Event]) -> Iterator[None]:
         """Bring the code to the end of the recorded line, yielding now and then so that others get their turn.
 
-        A lone `started` is life: nothing was recorded behind it yet.
+        A lone `started` is life: nothing was recorded behind it yet. So is the outcome of a transaction step at the
+        end of the line: its commit holds the outcome alone, what the code did with it comes with the next one.
         """
         if self._kept is not None:
             self._kept.extend(events)
@@ -102,6 +115,8 @@ class Play:
             stop = inputs[n + 1] if n + 1 < len(inputs) else len(events)
             line.following = events[stop] if stop < len(events) else None
             event: Any = events[start]
+            if start + 1 == stop == len(events) and type(event) is ev.StepCompleted and event.op == "transaction":
+                line.replaying = self._rebuilding
             line.open(event.at, number=start + 1, expected=events[start + 1 : stop], last=stop == len(events))  # type: ignore[arg-type]
             self._deliver(event, UNSET)
             line.close()
@@ -118,7 +133,13 @@ class Play:
 
     def deliver(self, event: ev.Input, value: Any = UNSET) -> None:
         """Let one input reach the code, in life. value: the decoded value of an outcome, where it is at hand."""
-        self.line.open(event.at)
+        line = self.line
+        line.open(event.at)
+        if value is not UNSET and not line.timers and self._kept is None:
+            # What most inputs are: the value of a step, for an async run. As `_deliver`, without looking around.
+            line.complete(event.step, value)  # type: ignore[union-attr]  # only outcomes have a value
+            self._run()
+            return
         self._deliver(event, value)
         if self._kept is not None:
             self._kept.append(event)
@@ -154,32 +175,45 @@ class Play:
             self._start(event)
             driver = self.driver
         else:
-            left = MOST_CALLBACKS
-            while line.timers and line.fire():
-                self._run()
-                left -= 1
-                if left == 0:
-                    # Each timer sets another one for the same instant.
-                    self.restless = True
-                if self._stopped():
-                    return
+            if line.timers and not self._fire_all():
+                return
             # A second request does not interrupt the cleanup that the first one began.
-            asked_before = line.cancel_requested
+            first_request = type(event) is ev.CancelRequested and not line.cancel_requested
             line.apply(event, value)
-            if type(event) is ev.CancelRequested and not asked_before:
+            if first_request:
                 driver.cancel()
         self._run()
-        if not self._stopped() and driver is not None and driver.wants_body and not self._rebuilding:
+        # Only a sync body may be elsewhere.
+        if (
+            self._kept is not None
+            and driver is not None
+            and driver.wants_body
+            and not (self._rebuilding or self._stopped())
+        ):
             self._rebuild(event, value)
 
+    def _fire_all(self) -> bool:
+        """Fire the timers that are due, each to rest before the next; False if that has stopped the code."""
+        left = MOST_CALLBACKS
+        while self.line.fire():
+            self._run()
+            left -= 1
+            if left == 0:
+                # Each timer sets another one for the same instant.
+                self.restless = True
+            if self._stopped():
+                return False
+        return True
+
     def _run(self) -> None:
-        assert self.driver is not None
+        driver = self.driver
+        assert driver is not None
         try:
-            self.driver.run()
+            over = driver.run()
         except NeverRests:
             self.restless = True
             return
-        if self.driver.over and self.end is None and self.line.difference is None:
+        if over and self.end is None and self.line.difference is None:
             self._finish()
 
     def _stopped(self) -> bool:
@@ -195,6 +229,7 @@ class Play:
             driver = AsyncDriver(line, event.at)
         self.driver = driver
         facts = Facts(host=driver, run=self.run, seed=self._seed, limits=self._limits, known=self._known)
+        facts.without_transactions = self._without_transactions
         try:
             args, kwargs = workflow.signature.decode(self._input)
         except Exception as error:
@@ -261,7 +296,7 @@ class Play:
             for _ in self.replay(recorded):
                 pass
             line = self.line
-            line.digests_differ.clear()
+            line.digests_differ = ()
             if line.difference is not None:
                 return
             # What the first life began is known to the worker; only this input's doing is new.

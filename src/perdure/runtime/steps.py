@@ -6,17 +6,18 @@ they wait for it. The specs here are the runtime's half of an `Op`.
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import hashlib
+import inspect
 import os
 import sys
-import weakref
 from collections.abc import Callable, Mapping
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import FunctionType
 from typing import Any, Final
+from weakref import ref
 
 import msgspec
 from msgspec import Raw
@@ -60,10 +61,11 @@ class Policy:
     """How a step's function is tried, and how its outcome is read: the same for every call of it without options."""
 
     # Not the function itself: what is remembered of it must not keep it.
-    __slots__ = ("__weakref__", "name", "raises", "retry", "returns", "timeout", "total_timeout")
+    __slots__ = ("__weakref__", "name", "on_loop", "raises", "retry", "returns", "timeout", "total_timeout")
 
     def __init__(self, fn: Any, options: Options) -> None:
         own: Any = fn if isinstance(fn, Activity) else _Plain
+        self.on_loop = is_async(fn.fn if isinstance(fn, Activity) else fn)
         self.name = name_of(fn)
         self.retry: Retry = options.retry or own.retry
         self.timeout: timedelta | None = options.timeout if options.timeout is not None else own.timeout
@@ -86,23 +88,27 @@ class _Plain:
     raises: tuple[type[BaseException], ...] = ()
 
 
-_policies: weakref.WeakKeyDictionary[Any, Policy] = weakref.WeakKeyDictionary()
+_policies: Final[dict[ref[Any], Policy]] = {}
 
 
 def policy_of(fn: Any, options: Options) -> Policy:
     """The policy of a step's function; remembered for functions and activities that are called without options."""
     if options is not NO_OPTIONS or type(fn) not in (FunctionType, Activity):
         return Policy(fn, options)
-    known = _policies.get(fn)
+    known = _policies.get(ref(fn))
     if known is None:
-        known = _policies[fn] = Policy(fn, options)
+        known = _policies[ref(fn, _forget)] = Policy(fn, options)
     return known
+
+
+def _forget(fn: ref[Any]) -> None:
+    _policies.pop(fn, None)
 
 
 class LocalCall:
     """A step's function with its arguments and policy, to be executed in this process."""
 
-    __slots__ = ("args", "context", "fn", "kwargs", "limits", "raises", "retry", "returns", "timeout", "total_timeout")
+    __slots__ = ("args", "context", "fn", "kwargs", "limits", "policy")
 
     def __init__(
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], policy: Policy, limits: Limits
@@ -110,23 +116,21 @@ class LocalCall:
         self.fn = fn
         self.args = args
         self.kwargs = kwargs
-        self.retry = policy.retry
-        self.timeout = policy.timeout
-        self.total_timeout = policy.total_timeout
-        self.returns = policy.returns
-        self.raises = policy.raises
+        self.policy = policy
         self.limits = limits
-        self.context = contextvars.copy_context()
+        self.context = copy_context()
 
     def encode(self, value: Any, step: str) -> tuple[bytes, Any]:
         """The stored result of the function, and what the code will see of it."""
-        return self.returns.roundtrip(value, f'the result of step "{step}"', self.limits)
+        limits = self.limits
+        plan = self.policy.returns
+        return plan.quickly(value, limits) or plan.roundtrip(value, f'the result of step "{step}"', limits)
 
     def decode(self, raw: Raw) -> Any:
-        return self.returns.decode(bytes(raw), "the step's result")
+        return self.policy.returns.decode(bytes(raw), "the step's result")
 
     def fail(self, step: str, event: Any) -> BaseException:
-        return failure.raised(event.error, step, self.raises, attempts=event.attempt)
+        return failure.raised(event.error, step, self.policy.raises, attempts=event.attempt)
 
 
 class Length:
@@ -160,9 +164,12 @@ class ActivityPolicy:
 
 
 class RemoteCall:
-    """A child run or a dispatched activity: what the start needs beyond the command, and how its end is read."""
+    """A child run or a dispatched activity: what the start needs beyond the command, and how its end is read.
 
-    __slots__ = ("idempotency_key", "policy", "raises", "returns", "run", "timeout")
+    elsewhere: its code is not here, and what it was given no queue and no timeout for is what was announced.
+    """
+
+    __slots__ = ("elsewhere", "idempotency_key", "policy", "raises", "returns", "run", "timeout")
 
     def __init__(
         self,
@@ -173,7 +180,9 @@ class RemoteCall:
         policy: Any = None,
         run: str = "",
         idempotency_key: str | None = None,
+        elsewhere: bool = False,
     ) -> None:
+        self.elsewhere = elsewhere
         self.returns = returns
         self.raises = raises
         self.timeout = timeout
@@ -201,6 +210,15 @@ def call_site(depth: int) -> str:
     """`folder/file.py:line` of the caller `depth` frames up: evidence for reports, never compared."""
     frame = sys._getframe(depth)
     return f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+def is_async(fn: Any) -> bool:
+    """Whether calling this gives a coroutine, as far as can be seen from outside."""
+    target = fn
+    while isinstance(target, functools.partial):
+        target = target.func
+    target = getattr(target, "__func__", target)
+    return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(getattr(target, "__call__", None))  # noqa: B004
 
 
 @functools.lru_cache(maxsize=4096)
@@ -234,7 +252,7 @@ def local(
     id: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, limits: Limits, site: str
 ) -> Op:
     """A step that runs here."""
-    if isinstance(fn, Workflow):
+    if type(fn) is not FunctionType and isinstance(fn, Workflow):
         raise TypeError(
             f'ctx.step.run("{id}", …) got the workflow {fn.name}, which is no function of a step. A workflow needs a '
             "run of its own. Start it as a child, with ctx.step.run_workflow."
@@ -247,6 +265,32 @@ def local(
     policy = policy_of(fn, options)
     call = LocalCall(fn.fn if type(fn) is Activity else fn, args, kwargs, policy, limits)
     return Op("run", id, name=policy.name, site=site, digest=codec.digest64(args, kwargs), spec=call)
+
+
+def transaction(
+    id: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, limits: Limits, site: str
+) -> Op:
+    """A step that runs here, in a transaction of the store's own database."""
+    if isinstance(fn, Workflow) or not callable(fn):
+        raise TypeError(
+            f'ctx.step.transaction("{id}", …) got {fn!r}. Its second argument is a plain function, which gets the open '
+            "connection first. Pass the function itself, and its further arguments after it."
+        )
+    if options.queue is not None or (isinstance(fn, Activity) and fn.queue is not None):
+        raise TypeError(
+            f'ctx.step.transaction("{id}", …) was given a queue. A transaction is one connection of this process, and '
+            "cannot be dispatched. Leave the queue out, or use ctx.step.run."
+        )
+    function = fn.fn if isinstance(fn, Activity) else fn
+    if is_async(function):
+        raise TypeError(
+            f'ctx.step.transaction("{id}", …) got the async function {name_of(fn)}. The transaction holds the '
+            "connection, and on SQLite every other writer, until the function returns: nothing may be awaited in it. "
+            "Give a plain function; it runs in a thread."
+        )
+    policy = policy_of(fn, options)
+    call = LocalCall(function, args, kwargs, policy, limits)
+    return Op("transaction", id, name=policy.name, site=site, digest=codec.digest64(args, kwargs), spec=call)
 
 
 def activity(
@@ -303,6 +347,7 @@ def child(
         returns=returns,
         timeout=options.timeout if options.timeout is not None else (workflow.timeout if workflow else None),
         idempotency_key=options.idempotency_key,
+        elsewhere=workflow is None,
     )
     name = workflow.name if workflow is not None else str(target)
     op = Op("child", id, name=name, site=site, digest=codec.digest64(args, kwargs), spec=spec)
@@ -310,7 +355,7 @@ def child(
         op.input = workflow.signature.encode(args, kwargs, limits=limits)
     else:
         op.input = _FREE.encode(args, kwargs, limits=limits)
-    op.queue = str(options.queue if options.queue is not None else (workflow.queue if workflow else "default"))
+    op.queue = str(options.queue if options.queue is not None else (workflow.queue if workflow else ""))
     op.run = options.id if options.id is not None else child_id(parent, id)
     spec.run = op.run
     op.awaited = awaited
