@@ -47,6 +47,7 @@ from perdure.stores.postgres.queries import check_schema, statements
 from perdure.stores.postgres.sending import Sending
 from perdure.stores.postgres.transaction import Steps, StepTransaction
 from perdure.stores.postgres.writer import Writer
+from perdure.stores.schema import Schema
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +143,15 @@ class PostgresStore:
         with ours(self.url):
             self._prepare(migrate)
         _stores.add(self)
+
+    @staticmethod
+    def schema_of(url: str, settings: Mapping[str, Any]) -> Schema:
+        """Which migrations have made the tables, and which are still to come; nothing is created or changed."""
+        schema = check_schema(settings.get("schema", "perdure"))
+        shown = {} if schema == "perdure" else {"schema": schema}
+        address = connections.Address(url, password=settings.get("password"), shown=shown)
+        with ours(address.url), address.connect() as db:
+            return migrations.look(db, schema, address.url)
 
     def now(self) -> int:
         return self._clock()
