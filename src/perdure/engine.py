@@ -70,11 +70,11 @@ class _Serves(Core):
         self._watchdog = Watchdog(shift.watched, self.limits.busy)
         self._threads = [
             Serving("perdure-watcher", watcher.step),
-            Serving("perdure-housekeeper", keeper.step, pause=min(self.settings.lease / 3, 0.5)),
+            Serving("perdure-housekeeper", keeper.step, pause=lambda: min(self.settings.lease / 3, self.store.rounds)),
         ]
         if self.told is not None:
             self._suspects = Suspects(self.store, shift, self.told)
-            self._threads.append(Serving("perdure-suspects", self._suspects.step, pause=LOOK_FOR_SUSPECTS))
+            self._threads.append(Serving("perdure-suspects", self._suspects.step, pause=lambda: LOOK_FOR_SUSPECTS))
         served = ", ".join(self.registry.workflows) or "no workflow"
         log.info("worker %s serves %s on %s (%s)", shift.incarnation[:8], served, self.store.url, self.store.durability)
 

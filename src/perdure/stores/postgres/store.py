@@ -48,6 +48,7 @@ from perdure.stores.postgres.queries import check_schema, statements
 from perdure.stores.postgres.sending import Sending
 from perdure.stores.postgres.transaction import Steps, StepTransaction
 from perdure.stores.postgres.writer import Writer
+from perdure.stores.schema import Schema
 
 log = logging.getLogger(__name__)
 
@@ -138,12 +139,20 @@ class PostgresStore:
         self._heard: dict[str, _Heard] = {}
         self._timer: int | None = None  # the next one that a claim has seen
         self._overdue: tuple[bool, float] | None = None  # what a round has just seen
-        self.rounds = CALM
-        """Seconds between two rounds of housekeeping that suit this store now."""
+        self.rounds: float = CALM
 
         with ours(self.url):
             self._prepare(migrate)
         _stores.add(self)
+
+    @staticmethod
+    def schema_of(url: str, settings: Mapping[str, Any]) -> Schema:
+        """Which migrations have made the tables, and which are still to come; nothing is created or changed."""
+        schema = check_schema(settings.get("schema", "perdure"))
+        shown = {} if schema == "perdure" else {"schema": schema}
+        address = connections.Address(url, password=settings.get("password"), shown=shown)
+        with ours(address.url), address.connect() as db:
+            return migrations.look(db, schema, address.url)
 
     def now(self) -> int:
         return self._clock()
@@ -331,8 +340,8 @@ class PostgresStore:
             now = self._clock()
             with ours(self.url):
                 found = self._on_heart("beat", incarnation=incarnation, now=now, backend=self._backend())
-                if self._clock is self._server_clock:
-                    self._server_clock.set(self._on_heart("clock")[0][0])
+        if found and self._clock is self._server_clock:
+            self._server_clock.set(found[0][1])
         if not found:
             self._own.pop(incarnation, None)
             return None
