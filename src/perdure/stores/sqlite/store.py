@@ -608,7 +608,7 @@ class SQLiteStore:
         if self._hints and worker.locked and self._place.beats.is_free(worker.slot, worker.incarnation):
             return False
         beat = self._place.beats.read(worker.slot, worker.incarnation)
-        return self._clock() <= max(beat or 0, worker.announced_at) + worker.ttl
+        return self._clock() <= (worker.announced_at if beat is None else beat) + worker.ttl
 
     def _due(self, namespace: str, queues: str, names: str) -> tuple[int | None, int | None]:
         """When the latest of what is due came due, and when the next timer comes."""
