@@ -112,6 +112,22 @@ async def quick(ctx: Context, n: int) -> int:
     return int(await ctx.step.run("b", effect, a))
 
 
+def pay(db: Any, table: str) -> None:
+    """Writes a row of the user's own, by either driver; the audit counts them."""
+    note("begin")
+    info = current_step()
+    db.execute(f"INSERT INTO {table} VALUES ('{info.run_id}', '{info.id}')")
+    note("end")
+
+
+@workflow
+async def transfer(ctx: Context, n: int, table: str) -> int:
+    a = await ctx.step.run("a", effect, n)
+    await ctx.step.transaction("pay", pay, table)
+    await ctx.step.transaction("pay-again", pay, table)
+    return int(await ctx.step.run("b", effect, a))
+
+
 @workflow
 async def part(ctx: Context, n: int) -> int:
     a = await ctx.step.run("a", effect, n)
@@ -158,7 +174,7 @@ ORDERS: Final = ("order", "order_sync", "order_generator")
 
 def result_of(workflow: str, n: int) -> int:
     """What a run of the ordinary load returns: our own calculation. An order is signalled its own number."""
-    if workflow == "quick":
+    if workflow in ("quick", "transfer"):
         return n + 2
     a = n + 1
     return (a + 1 + a * 2 + n) + 2 + FAR
@@ -178,6 +194,18 @@ async def parked(ctx: Context, n: int) -> int:
     a = await ctx.step.run("a", at_once, n)
     go = await ctx.step.wait_signal("go", returns=int)
     return int(await ctx.step.run("b", at_once, a + go))
+
+
+@workflow
+async def walks(ctx: Context, steps: int, pause: float) -> int:
+    """Goes on with its steps while it waits for a signal."""
+
+    async def walk() -> None:
+        for number in range(steps):
+            await ctx.step.run(f"walk-{number}", effect, number, pause)
+
+    go, _ = await asyncio.gather(ctx.step.wait_signal("go", returns=int), walk())
+    return int(go)
 
 
 @workflow

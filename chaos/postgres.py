@@ -71,7 +71,11 @@ class PostgresBase:
         self.server = server
         self.schema = f"chaos_{uuid.uuid4().hex[:12]}"
         self.url = f"{server.url}&schema={self.schema}"
-        self.names: Mapping[str, str] = {name: f"{self.schema}.{name}" for name in ("runs", "workers", "history")}
+        self.names: Mapping[str, str] = {
+            "runs": f"{self.schema}.runs",
+            "workers": f"{self.schema}.workers",
+            "rows": f"{self.schema}.chaos_rows",
+        }
         self._db: psycopg.Connection[Any] | None = None
 
     def prepare(self) -> None:
@@ -94,7 +98,9 @@ class PostgresBase:
     def url_at(self, port: int) -> str:
         """The store's URL by a port of the loopback, where a proxy listens."""
         # Without TLS and GSS, of which libpq would try each with a connection of its own.
-        return f"postgresql://postgres@127.0.0.1:{port}/postgres?sslmode=disable&gssencmode=disable&schema={self.schema}"
+        return (
+            f"postgresql://postgres@127.0.0.1:{port}/postgres?sslmode=disable&gssencmode=disable&schema={self.schema}"
+        )
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A connection to the server, for a proxy."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from chaos import clock, disk, foreign, network, poison, postgres, processes, servers, versions
+from chaos import open as open_
 from chaos.planted import PLANTED
 from chaos.sqlite import SQLiteBase
 from chaos.stage import SIZES, Base, Report, Scenario, Stage, Violated
@@ -40,6 +41,7 @@ SCENARIOS: Final = (
     Scenario(name="memory", play=poison.memory),
     Scenario(name="versions", play=versions.versions),
     Scenario(name="migrations", play=versions.migrations),
+    Scenario(name="open", play=open_.signalled),
     Scenario(name="disk", play=disk.disk),
     Scenario(name="clock", play=clock.clock),
     Scenario(name="lock", play=foreign.lock, stores=SQLITE),
