@@ -44,11 +44,13 @@ class Load:
         """Start one run; if it is an order, send it its signal: at once, or late, or twice."""
         self.number += 1
         number, chance, promised = self.number, self.stage.chance, self.stage.promised
-        workflow, args = "quick", [number]
+        workflow = "quick"
+        args: list[Any] = [number]
         if number % EVERY == 0:
             workflow = ORDERS[number // EVERY % 3]
         elif number % EVERY == 2:
-            workflow, args = "transfer", [number, self.stage.base.names["rows"]]
+            workflow = "transfer"
+            args.append(self.stage.base.names["rows"])
         run = f"{workflow}-{number}"
         asked = time.monotonic()
         handle = await self.insist(lambda: self.client.options(id=run).start(workflow, *args))

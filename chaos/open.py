@@ -15,7 +15,7 @@ from perdure import Client
 
 
 async def signalled(stage: Stage) -> None:
-    """A user's transaction that has signalled stays open: on PostgreSQL nobody waits for it, but an end it signalled."""
+    """A user's transaction that has signalled stays open: on PostgreSQL only an end it signalled waits for it."""
     server = stage.base.kind == "postgres"
     # On SQLite it holds the one write lock there is. Who waits for that longer than 5 s is told so.
     held = stage.pick(1.5, 20.0, 180.0) if server else stage.pick(1.5, 8.0, 20.0)

@@ -31,6 +31,10 @@ class Violated(Exception):
     """A scenario saw a promise broken and cannot go on."""
 
 
+class Skipped(Exception):
+    """A scenario cannot be played here; the text says why."""
+
+
 class Base(Protocol):
     """A store as a scenario needs it; `sqlite.py` and `postgres.py` have one each."""
 
