@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from shape import Shape, Watch
+from shape import Watch
 
 from perdure import Context, Engine, workflow
 
 
-def watched(path: Path, steps: int) -> Shape:
+def watched(store: str, steps: int, watch: Callable[[], Watch]) -> Watch:
     """A step's function begins only when the commit before it is acknowledged: there is the place to look."""
     watches: list[Watch] = []
 
@@ -26,17 +25,17 @@ def watched(path: Path, steps: int) -> Shape:
             await ctx.step.run(f"step-{number}", work, order, number)
         return count
 
-    async def run_two() -> Shape:
-        async with Engine(f"sqlite:///{path}", workflows=[flow]) as engine:
+    async def run_two() -> Watch:
+        async with Engine(store, workflows=[flow]) as engine:
             # A run before the first look makes all that is made once: workers, names, migrations.
-            watches.append(Watch(sqlite3.connect(path)))
+            watches.append(watch())
             await (await engine.start(flow, "o-0", steps)).result()
-            watches[0] = Watch(sqlite3.connect(path))
+            watches[0] = watch()
             for order in ("o-1", "o-2"):
                 await asyncio.sleep(0.1)
                 watches[0].look()
                 await (await engine.start(flow, order, steps)).result()
                 watches[0].look()
-            return watches[0].shape()
+            return watches[0]
 
     return asyncio.run(run_two())

@@ -187,7 +187,9 @@ def bare_shape(steps: int) -> Shape:
 def engine_shape(steps: int) -> tuple[Shape, str]:
     """What the engine writes for a run with this many steps, watched at work on a file of its own; and whose rows."""
     with tempfile.TemporaryDirectory() as folder:
-        return watched(Path(folder, "watched.db"), steps), "the rows of the engine"
+        path = Path(folder, "watched.db")
+        watch = watched(f"sqlite:///{path}", steps, lambda: Watch(sqlite3.connect(path)))
+        return watch.shape(), "the rows of the engine"
 
 
 def main() -> None:

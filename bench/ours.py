@@ -8,8 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import sys
+import sqlite3
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -18,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import workflows
-from workflows import ALL, nap, nap_until, slow_steps, steps, steps_then_wait, sync_steps, waiter
+from meter import Meter, Server
+from workflows import ALL, compared, nap, nap_until, steps, steps_then_wait, sync_steps, ticking, waiter
 
-from perdure import Client, Engine, Worker
+from perdure import Engine
 
 Answer = dict[str, Any]
 
@@ -56,6 +56,7 @@ async def flow(engine: Engine, kind: Any, *, per_run: int, seconds: float, concu
     await asyncio.gather(*(one_after_another() for _ in range(concurrency)))
     spent = time.perf_counter() - began
     return {
+        "runs": len(ms),
         "runs_per_s": len(ms) / spent,
         "steps_per_s": len(ms) * per_run / spent,
         "ms": ms if concurrency == 1 else [],
@@ -64,13 +65,23 @@ async def flow(engine: Engine, kind: Any, *, per_run: int, seconds: float, concu
 
 
 async def throughput(store: str, asked: argparse.Namespace) -> Answer:
+    server = Server(store) if store.startswith("postgres") else None
+    before = server.transactions() if server else 0
     async with engine_on(store) as engine:
         kind = sync_steps if asked.sync else steps
         size = {"per_run": asked.steps, "concurrency": asked.concurrency}
-        await flow(engine, kind, seconds=0.3, **size)
+        warm = await flow(engine, kind, seconds=0.3, **size)
         if asked.at:
             await asyncio.sleep(asked.at - time.time())
-        return await flow(engine, kind, seconds=asked.seconds, **size)
+        meter = Meter(store)
+        answer = await flow(engine, kind, seconds=asked.seconds, **size)
+        answer |= meter.per_run(answer["runs"])
+    if server:
+        # The engine's connections are closed by now, so that the server has counted all of their transactions.
+        turns = (warm["runs"] + answer["runs"]) * (asked.steps + 1)
+        answer["turns_per_transaction"] = turns / (server.transactions() - before)
+        server.close()
+    return answer
 
 
 async def sleeps(store: str, asked: argparse.Namespace) -> Answer:
@@ -157,13 +168,73 @@ async def wake(store: str, asked: argparse.Namespace) -> Answer:
 
 
 async def idle(store: str, asked: argparse.Namespace) -> Answer:
-    """CPU seconds per second of a worker that has nothing to do but a parked run."""
+    """CPU seconds per second of a worker that has nothing to do but a parked run; on a server also its statements."""
+    server = Server(store) if store.startswith("postgres") else None
+    if server:
+        server.log_statements()
     async with engine_on(store) as engine:
         await engine.start(waiter)
-        await asyncio.sleep(2)
-        began = time.process_time()
+        # What polls slows down when nothing happens; this is about what is left then.
+        await asyncio.sleep(5 if server else 2)
+        began, said = time.process_time(), server.statements() if server else 0
         await asyncio.sleep(asked.seconds)
-        return {"core": (time.process_time() - began) / asked.seconds}
+        answer = {"core": (time.process_time() - began) / asked.seconds}
+        if server:
+            answer["statements_per_s"] = (server.statements() - said) / asked.seconds
+        return answer
+
+
+async def beside(store: str, asked: argparse.Namespace) -> Answer:
+    """Commits of runs that a user's open transaction has signalled, against commits of the same runs alone.
+
+    In the end the runs want to end and cannot: how many did nevertheless, and how long after that transaction the
+    last of them ends.
+    """
+    server = Server(store)
+    async with engine_on(store) as engine:
+        alone = [await engine.options(id=f"alone-{number}").start(ticking, 100) for number in range(asked.runs)]
+        await asyncio.gather(*(run.result() for run in alone))
+        runs = [await engine.options(id=f"beside-{number}").start(ticking, 100) for number in range(asked.runs)]
+        user = server.another()
+
+        def signal_all() -> None:
+            client = engine.sync.options(connection=user)
+            for run in runs:
+                client.handle(run.id).signal("note", "not yet sent")
+
+        await asyncio.to_thread(signal_all)
+        results = [asyncio.ensure_future(run.result()) for run in runs]
+        waited, early = 0, 0
+        until = time.perf_counter() + asked.seconds
+        while time.perf_counter() < until:
+            await asyncio.sleep(0.02)
+            waited = max(waited, server.waiting_for_locks())
+            early = sum(each.done() for each in results)
+        began = time.perf_counter()
+        user.commit()
+        await asyncio.gather(*results)
+        after = (time.perf_counter() - began) * 1000
+    gaps = {
+        name: [ms for run, each in workflows.ticked.items() if run.startswith(name) for ms in each[:-1]]
+        for name in ("alone", "beside")
+    }
+    server.close()
+    return {**gaps, "waited_for_locks": waited, "ended_before": early, "ended_after_ms": after}
+
+
+async def transactions(store: str, asked: argparse.Namespace) -> Answer:
+    """Milliseconds of an ordinary step and of transaction steps, in one run alone."""
+    if store.startswith("postgres"):
+        server = Server(store)
+        server.db.execute("CREATE TABLE bench_effect (n bigint)")
+        server.close()
+    else:
+        with sqlite3.connect(store.removeprefix("sqlite:///")) as db:
+            db.execute("CREATE TABLE bench_effect (n bigint)")
+    async with engine_on(store) as engine:
+        await (await engine.start(compared, 20)).result()
+        found: Answer = await (await engine.start(compared, asked.steps)).result()
+    return found
 
 
 async def record(store: str, asked: argparse.Namespace) -> Answer:
@@ -193,48 +264,6 @@ async def replay(store: str, asked: argparse.Namespace) -> Answer:
         return {"short_ms": short[5], "long_ms": await rebuilt("long")}
 
 
-async def serve(store: str, asked: argparse.Namespace) -> Answer:
-    await Worker(store, workflows=ALL).run()
-    return {}
-
-
-async def recovery(store: str, asked: argparse.Namespace) -> Answer:
-    """Two workers; the one that does more is killed with SIGKILL; the ledger tells what the other one did about it."""
-    ledger = Path(tempfile.mkdtemp(prefix="bench-ledger-"), "ledger.txt")
-    environment = {**os.environ, workflows.LEDGER: str(ledger)}
-    command = [sys.executable, __file__, "serve", "--store", store]
-    workers = [await asyncio.create_subprocess_exec(*command, env=environment) for _ in range(2)]
-    async with Client(store) as client:
-        await asyncio.sleep(1.5)
-        runs = [await client.options(id=f"run-{n}").start(slow_steps, 60) for n in range(asked.runs)]
-        await asyncio.sleep(1.5)
-        before = notes(ledger)
-        victim = max(workers, key=lambda each: sum(pid == each.pid for _, _, pid, _ in before))
-        killed_at = time.time()
-        victim.kill()
-        await victim.wait()
-        results = await asyncio.gather(*(run.result(timeout=60) for run in runs), return_exceptions=True)
-    for worker in workers:
-        if worker.returncode is None:
-            worker.terminate()
-            await worker.wait()
-    lines = notes(ledger)
-    owned = {run: pid for run, _, pid, at in lines if at <= killed_at}
-    orphans = {run for run, pid in owned.items() if pid == victim.pid}
-    first = {run: at for run, _, pid, at in reversed(lines) if pid != victim.pid and at > killed_at}
-    return {
-        "gone_on_ms": sorted((first[run] - killed_at) * 1000 for run in orphans if run in first),
-        "orphans": len(orphans),
-        "lost": asked.runs - results.count(60),
-        "re_executed": len(lines) - len({(run, step) for run, step, _, _ in lines}),
-    }
-
-
-def notes(ledger: Path) -> list[tuple[str, str, int, float]]:
-    parts = [line.split() for line in ledger.read_text().splitlines()]
-    return [(run, step, int(pid), float(at)) for run, step, pid, at in parts]
-
-
 def megabytes(field: str) -> float:
     """VmRSS (now) or VmHWM (at most, ever) of this process; Linux only."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -245,7 +274,7 @@ def megabytes(field: str) -> float:
 
 MEASUREMENTS = {
     each.__name__: each
-    for each in (throughput, sleeps, signals, flat, park, wake, idle, record, replay, serve, recovery)
+    for each in (throughput, sleeps, signals, flat, park, wake, idle, record, replay, beside, transactions)
 }
 
 

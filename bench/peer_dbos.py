@@ -1,17 +1,25 @@
-"""DBOS on SQLite at its best, as a program of its own: `peer_dbos.py WORKLOAD SIZE [CONCURRENCY]`.
+"""DBOS at its best, as a program of its own: `peer_dbos.py WORKLOAD SIZE [--store URL]`.
 
-It runs in the environment locked in `requirements/bench-dbos.txt`, on a fresh file in a temporary folder, and prints
-one JSON object; SIZE is a number of runs for sleeps and signals, else of seconds. Its best, found by trying: a WAL
-file, `synchronous=FULL` (as for everybody), sync workflows on two executor threads (more only fight for the
-interpreter), a pool of four connections, polling every 10 ms instead of every second. Waits would hold those two
-threads, so sleeps and signals are async workflows.
+It runs in the environment locked in `requirements/bench-dbos.txt` and prints one JSON object; SIZE is a number of runs
+for sleeps and signals, else of seconds. Without --store it makes a fresh SQLite file. Its best was found by trying
+(`docs/bench.md` has the figures; the options below are what was tried):
+
+- SQLite: a WAL file, `synchronous=FULL` (as for everybody), sync workflows on two executor threads (more only fight for
+  the interpreter), a pool of four connections, polling every 10 ms instead of every second.
+- PostgreSQL: two processes (one is bound by its interpreter), sync workflows on two executor threads each, no ping
+  before each use of a connection, handles awaited in order and polled every 10 ms.
+
+Waits would hold those two threads, so sleeps and signals are async workflows.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
+import os
 import sqlite3
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,10 +40,22 @@ def work(order: dict[str, Any], number: int) -> dict[str, Any]:
     return {"order": order["order"], "step": number}
 
 
+@DBOS.step()
+async def async_work(order: dict[str, Any], number: int) -> dict[str, Any]:
+    return {"order": order["order"], "step": number}
+
+
 @DBOS.workflow()
 def steps(order: dict[str, Any], count: int) -> int:
     for number in range(count):
         work(order, number)
+    return count
+
+
+@DBOS.workflow()
+async def async_steps(order: dict[str, Any], count: int) -> int:
+    for number in range(count):
+        await async_work(order, number)
     return count
 
 
@@ -64,8 +84,27 @@ def throughput(seconds: float, concurrency: int, per_run: int) -> dict[str, floa
         under_way.append(DBOS.start_workflow(steps, PAYLOAD, per_run))
     for handle in under_way:
         handle.get_result(polling_interval_sec=POLL)
-    taken = time.perf_counter() - began
-    return {"runs_per_s": runs / taken, "steps_per_s": runs * per_run / taken}
+    return rates(runs, per_run, time.perf_counter() - began)
+
+
+async def async_throughput(seconds: float, concurrency: int, per_run: int) -> dict[str, float]:
+    """The same with async workflows and steps; each of `concurrency` tasks starts one after another."""
+    began = time.perf_counter()
+    runs = 0
+
+    async def one_after_another() -> None:
+        nonlocal runs
+        while time.perf_counter() - began < seconds:
+            handle = await DBOS.start_workflow_async(async_steps, PAYLOAD, per_run)
+            await handle.get_result(polling_interval_sec=POLL)
+            runs += 1
+
+    await asyncio.gather(*(one_after_another() for _ in range(concurrency)))
+    return rates(runs, per_run, time.perf_counter() - began)
+
+
+def rates(runs: int, per_run: int, seconds: float) -> dict[str, float]:
+    return {"runs": runs, "runs_per_s": runs / seconds, "steps_per_s": runs * per_run / seconds}
 
 
 def latency(seconds: float) -> dict[str, Any]:
@@ -114,33 +153,79 @@ async def signals(times: int) -> dict[str, list[float]]:
     return {"ms": taken}
 
 
-def main(workload: str, size: float, concurrency: int = 1) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="bench-dbos-") as folder:
-        file = Path(folder, "dbos.db")
-        with sqlite3.connect(file) as made:
-            made.execute("PRAGMA journal_mode=WAL")
-        config: DBOSConfig = {
-            "name": "bench",
-            "system_database_url": f"sqlite:///{file}",
-            "sys_db_pool_size": 4,
-            "max_executor_threads": 2,
-            "notification_listener_polling_interval_sec": POLL,
-            "log_level": "ERROR",
-        }
-        DBOS(config=config)
-        DBOS.launch()
-        workloads: dict[str, Callable[[], dict[str, Any]]] = {
-            "steps-3": lambda: throughput(size, concurrency, 3),
-            "steps-100": lambda: throughput(size, concurrency, 100),
-            "latency": lambda: latency(size),
-            "sleeps": lambda: asyncio.run(sleeps(int(size))),
-            "signals": lambda: asyncio.run(signals(int(size))),
-        }
-        steps(PAYLOAD, 3)
-        answer = workloads[workload]()
-        DBOS.destroy()
-    return {"workload": workload, "version": version("dbos"), "python": sys.version.split()[0], **answer}
+def measured(asked: argparse.Namespace, store: str) -> dict[str, Any]:
+    config: DBOSConfig = {
+        "name": "bench",
+        "executor_id": str(os.getpid()),
+        "system_database_url": store,
+        "sys_db_pool_size": asked.pool,
+        "max_executor_threads": asked.threads,
+        "notification_listener_polling_interval_sec": POLL,
+        "log_level": "ERROR",
+    }
+    if not store.startswith("sqlite"):
+        config["db_engine_kwargs"] = {"pool_pre_ping": asked.ping}
+    DBOS(config=config)
+    DBOS.launch()
+    steps(PAYLOAD, 3)
+    if asked.at:
+        time.sleep(max(0.0, asked.at - time.time()))
+
+    def throughput_of(per_run: int) -> dict[str, float]:
+        if asked.asynchronous:
+            return asyncio.run(async_throughput(asked.size, asked.concurrency, per_run))
+        return throughput(asked.size, asked.concurrency, per_run)
+
+    workloads: dict[str, Callable[[], dict[str, Any]]] = {
+        "steps-3": lambda: throughput_of(3),
+        "steps-100": lambda: throughput_of(100),
+        "latency": lambda: latency(asked.size),
+        "sleeps": lambda: asyncio.run(sleeps(int(asked.size))),
+        "signals": lambda: asyncio.run(signals(int(asked.size))),
+        "migrate": dict,
+    }
+    answer = workloads[asked.workload]()
+    DBOS.destroy()
+    return answer
+
+
+def together(asked: argparse.Namespace) -> dict[str, Any]:
+    """Several processes on one database, each with its part of the concurrency; their rates are added."""
+    command = [sys.executable, __file__, "--processes=1", f"--store={asked.store}"]
+    subprocess.run([*command, "migrate", "0"], check=True)
+    share = [f"--concurrency={asked.concurrency // asked.processes}", f"--threads={asked.threads}"]
+    share += [f"--pool={asked.pool}", *(["--async"] if asked.asynchronous else []), *(["--ping"] if asked.ping else [])]
+    command += [*share, f"--at={time.time() + 3}", asked.workload, str(asked.size)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(asked.processes)]
+    answers = [json.loads(each.communicate()[0].splitlines()[-1]) for each in processes]
+    return {name: sum(each[name] for each in answers) for name in ("runs", "runs_per_s", "steps_per_s")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workload", choices=("steps-3", "steps-100", "latency", "sleeps", "signals", "migrate"))
+    parser.add_argument("size", type=float)
+    parser.add_argument("--store", help="a URL; default: a new SQLite file, removed afterwards")
+    parser.add_argument("--concurrency", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2, help="executor threads for sync workflows")
+    parser.add_argument("--pool", type=int, default=4, help="connections")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--async", action="store_true", dest="asynchronous", help="async workflows and steps")
+    parser.add_argument("--ping", action="store_true", help="ask each connection whether it lives before using it")
+    parser.add_argument("--at", type=float, default=0.0, help="Unix time: when to begin")
+    asked = parser.parse_args()
+    if asked.store and asked.processes > 1:
+        answer = together(asked)
+    elif asked.store:
+        answer = measured(asked, asked.store)
+    else:
+        with tempfile.TemporaryDirectory(prefix="bench-dbos-") as folder:
+            file = Path(folder, "dbos.db")
+            with sqlite3.connect(file) as made:
+                made.execute("PRAGMA journal_mode=WAL")
+            answer = measured(asked, f"sqlite:///{file}")
+    print(json.dumps({**answer, "version": version("dbos"), "python": sys.version.split()[0]}))
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], float(sys.argv[2]), *map(int, sys.argv[3:]))))
+    main()

@@ -7,7 +7,6 @@ it was. So the floor follows the engine's schema, indexes, columns and payloads 
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -48,7 +47,7 @@ class Shape:
 class Watch:
     """Call `look()` before a run starts and after each of its commits, for two runs; then `shape()`."""
 
-    def __init__(self, db: sqlite3.Connection) -> None:
+    def __init__(self, db: Any) -> None:
         self.db = db
         self.looks: list[Tables] = []
 
@@ -59,9 +58,9 @@ class Watch:
         half = len(self.looks) // 2
         first, second = self.looks[:half], self.looks[half:]
         pairs = zip(zip(first, first[1:]), zip(second, second[1:]), strict=True)  # noqa: B905, RUF007
-        changes = [list(zip(_changes(*one), _changes(*two), strict=True)) for one, two in pairs]
-        inserted = [one[0] for commit in changes for one, _ in commit if one[2] is None]
-        commits = tuple(tuple(self._write(*pair, inserted) for pair in commit) for commit in changes)
+        both = [list(zip(changes(*one), changes(*two), strict=True)) for one, two in pairs]
+        inserted = [one[0] for commit in both for one, _ in commit if one[2] is None]
+        commits = tuple(tuple(self._write(*pair, inserted) for pair in commit) for commit in both)
         made = self.db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%'")
         return Shape(schema=tuple(sql for (sql,) in made), commits=commits)
 
@@ -101,7 +100,7 @@ class Watch:
 Change = tuple[str, Row, "list[str] | None"]
 
 
-def _changes(before: Tables, after: Tables) -> list[Change]:
+def changes(before: Tables, after: Tables) -> list[Change]:
     """Rows that are new (None), or the columns that were changed, in the order of tables and keys."""
     found: list[Change] = []
     for table, rows in after.items():
@@ -126,7 +125,7 @@ def _compiled(
     """
     # NULL is no data; every other column is bound, equal or not, as a program that does not know its values must.
     slots = ["NULL" if one is None and two is None else "?" for one, two in pairs]
-    bound = [_expression(one, two) for one, two in pairs if one is not None or two is not None]
+    bound = [expression(one, two) for one, two in pairs if one is not None or two is not None]
     values = eval(f"lambda n, s: ({''.join(each + ', ' for each in bound)})", {"encode": msgspec.json.encode})
     if insert:
         table, names = insert
@@ -141,19 +140,19 @@ def _compiled(
     return Write(head=head, row=f"({', '.join(slots)})", tail=tail, values=values, columns=len(bound))
 
 
-def _expression(one: Any, two: Any) -> str:
+def expression(one: Any, two: Any) -> str:
     """Python for the column's value in run number n (s: the same as a text), as long as the one that was seen.
 
     JSON is built and encoded for each run, never pasted: no program is spared that.
     """
-    parsed = _json(one), _json(two)
+    parsed = json_in(one), json_in(two)
     if all(isinstance(each, (dict, list)) for each in parsed):
         encoded = f"encode({_inside(*parsed)})"
         return f"{encoded}.decode()" if isinstance(one, str) else encoded
     return _inside(one, two)
 
 
-def _json(value: Any) -> Any:
+def json_in(value: Any) -> Any:
     try:
         return msgspec.json.decode(value) if isinstance(value, (str, bytes)) else None
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -171,7 +170,12 @@ def _inside(one: Any, two: Any) -> str:
         return f"{one} + n"
     if not isinstance(one, (str, bytes)):
         return repr(one)
-    place = next((i for i, (a, b) in enumerate(zip(one, two)) if a != b), 0)  # noqa: B905
-    place = max(0, min(place, len(one) - WIDTH))
+    place = differing(one, two)
     number = "s" if isinstance(one, str) else "s.encode()"
     return f"{one[:place]!r} + {number} + {one[place + WIDTH :]!r}"
+
+
+def differing(one: str | bytes, two: str | bytes) -> int:
+    """Where in a text the number of its run is put: at the first difference, or as far behind as it fits."""
+    place = next((i for i, (a, b) in enumerate(zip(one, two)) if a != b), 0)  # noqa: B905
+    return max(0, min(place, len(one) - WIDTH))

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from perdure import Context, current_step, sync, workflow
+from perdure import Context, Workflow, current_step, sync, workflow
 
 LEDGER = "PERDURE_BENCH_LEDGER"
 """Names the file in which `slow_work` notes each execution, one line each."""
@@ -59,6 +59,68 @@ async def steps_then_wait(ctx: Context, order: str, count: int) -> Any:
     return await ctx.step.wait_signal("go")
 
 
+async def signature() -> tuple[int, float]:
+    """Which process executes this step, and since when."""
+    return os.getpid(), time.time()
+
+
+@workflow
+async def signed(ctx: Context, order: str, count: int) -> list[Any]:
+    """As `steps`; says which process did the last step and when the first one began."""
+    first = await ctx.step.run("step-0", signature)
+    for number in range(1, count - 1):
+        await ctx.step.run(f"step-{number}", work, order, number)
+    last = await ctx.step.run(f"step-{count - 1}", signature)
+    return [last[0], first[1]]
+
+
+ticked: dict[str, list[float]] = {}
+"""For each run the milliseconds that it waited between two ticks, a commit each time, in this process."""
+
+
+async def tick(number: int) -> int:
+    run, now = current_step().run_id, time.perf_counter()
+    if number:
+        ticked[run].append((now - ticked[run].pop()) * 1000)
+    else:
+        ticked[run] = []
+    await asyncio.sleep(0.005)
+    ticked[run].append(time.perf_counter())
+    return number
+
+
+@workflow
+async def ticking(ctx: Context, count: int) -> int:
+    for number in range(count):
+        await ctx.step.run(f"tick-{number}", tick, number)
+    return count
+
+
+def no_effect(connection: Any) -> None: ...
+
+
+def one_effect(connection: Any) -> None:
+    connection.execute("INSERT INTO bench_effect VALUES (1)")
+
+
+@workflow
+async def compared(ctx: Context, count: int) -> dict[str, float]:
+    """Milliseconds per step: an ordinary one, one in a transaction that does nothing, one that inserts a row."""
+    taken: dict[str, list[float]] = {"step": [], "empty": [], "insert": []}
+    for number in range(count):
+        # Interleaved, so that a busy moment meets all of them alike. Steps of a run are never replayed here.
+        began = time.perf_counter()
+        await ctx.step.run(f"step-{number}", work, "o-1", number)
+        middle = time.perf_counter()
+        await ctx.step.transaction(f"empty-{number}", no_effect)
+        late = time.perf_counter()
+        await ctx.step.transaction(f"insert-{number}", one_effect)
+        taken["step"].append(middle - began)
+        taken["empty"].append(late - middle)
+        taken["insert"].append(time.perf_counter() - late)
+    return {kind: sorted(each)[count // 2] * 1000 for kind, each in taken.items()}
+
+
 async def slow_work(number: int) -> int:
     step = current_step()
     line = f"{step.run_id} {step.id} {os.getpid()} {time.time():.6f}\n"
@@ -75,4 +137,15 @@ async def slow_steps(ctx: Context, count: int) -> int:
     return count
 
 
-ALL = [steps, sync_steps, nap, nap_until, waiter, steps_then_wait, slow_steps]
+ALL: list[Workflow[..., Any]] = [
+    steps,
+    sync_steps,
+    nap,
+    nap_until,
+    waiter,
+    steps_then_wait,
+    signed,
+    ticking,
+    compared,
+    slow_steps,
+]

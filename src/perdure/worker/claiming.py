@@ -66,15 +66,18 @@ class Watcher:
         # What was claimed and is not received yet executes in a moment.
         busy = bool(shift.executing or len(shift.residents) > len(shift.parked) or shift.claiming > shift.taken)
         # A run under suspicion is executed with nothing beside it.
+        suspects = shift.settings.suspects
         claim = Claim(
             incarnation=shift.incarnation,
             namespace=shift.settings.namespace,
             queues=shift.settings.queues,
             workflows=list(shift.registry.workflows),
             activities=list(shift.registry.activities),
-            alone=shift.settings.alone or not busy,
+            alone=suspects == "only" or (suspects == "here" and not busy),
+            only_suspects=suspects == "only",
         )
-        self._make_way(busy, claim)
+        if suspects == "here":
+            self._make_way(busy, claim)
         room = min(shift.room, MOST_CLAIMED)
         if room <= 0:
             return []
@@ -204,9 +207,12 @@ class Housekeeper:
 
 
 class Serving:
-    """A thread that calls a step again and again until it is stopped; trouble with the store slows it down."""
+    """A thread that calls a step again and again until it is stopped; trouble with the store slows it down.
 
-    def __init__(self, name: str, step: Callable[[], Any], *, pause: float = 0.0) -> None:
+    pause: how many seconds to wait after each.
+    """
+
+    def __init__(self, name: str, step: Callable[[], Any], *, pause: Callable[[], float] | None = None) -> None:
         self._step = step
         self._pause = pause
         self._stop = threading.Event()
@@ -227,8 +233,8 @@ class Serving:
             try:
                 self._step()
                 failures = 0
-                if self._pause:
-                    self._stop.wait(self._pause)
+                if self._pause is not None:
+                    self._stop.wait(self._pause())
             except PerdureError as error:
                 if self._stop.is_set():
                     return

@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import psycopg
 
-from perdure.core.errors import StoreError, StoreUnavailable
+from perdure.core.errors import StoreError, StoreLocked, StoreUnavailable
 from perdure.core.status import Status
 from perdure.core.turn import (
     Announced,
@@ -47,6 +47,7 @@ from perdure.stores.postgres.queries import check_schema, statements
 from perdure.stores.postgres.sending import Sending
 from perdure.stores.postgres.transaction import Steps, StepTransaction
 from perdure.stores.postgres.writer import Writer
+from perdure.stores.schema import Schema
 
 log = logging.getLogger(__name__)
 
@@ -137,12 +138,20 @@ class PostgresStore:
         self._heard: dict[str, _Heard] = {}
         self._timer: int | None = None  # the next one that a claim has seen
         self._overdue: tuple[bool, float] | None = None  # what a round has just seen
-        self.rounds = CALM
-        """Seconds between two rounds of housekeeping that suit this store now."""
+        self.rounds: float = CALM
 
         with ours(self.url):
             self._prepare(migrate)
         _stores.add(self)
+
+    @staticmethod
+    def schema_of(url: str, settings: Mapping[str, Any]) -> Schema:
+        """Which migrations have made the tables, and which are still to come; nothing is created or changed."""
+        schema = check_schema(settings.get("schema", "perdure"))
+        shown = {} if schema == "perdure" else {"schema": schema}
+        address = connections.Address(url, password=settings.get("password"), shown=shown)
+        with ours(address.url), address.connect() as db:
+            return migrations.look(db, schema, address.url)
 
     def now(self) -> int:
         return self._clock()
@@ -152,6 +161,13 @@ class PostgresStore:
     def write(self, batch: Batch) -> list[Verdict]:
         self.begin(batch)
         return self.finish()
+
+    def write_at_once(self, batch: Batch) -> list[Verdict]:
+        raise StoreLocked(
+            f"The store {self.url} is written over a connection, and every write waits for it. Nothing was written. "
+            "Call write.",
+            store=self.url,
+        )
 
     def begin(self, batch: Batch) -> None:
         """Send a batch and do not wait. `finish`, which must follow, has the verdicts or the error."""
@@ -290,8 +306,8 @@ class PostgresStore:
             now = self._clock()
             with ours(self.url):
                 found = self._on_heart("beat", incarnation=incarnation, now=now, backend=self._backend())
-                if self._clock is self._server_clock:
-                    self._server_clock.set(self._on_heart("clock")[0][0])
+        if found and self._clock is self._server_clock:
+            self._server_clock.set(found[0][1])
         if not found:
             self._own.pop(incarnation, None)
             return None

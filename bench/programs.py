@@ -1,0 +1,113 @@
+"""Every measurement is a program of its own that prints JSON; here they are called."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peers
+
+HERE = Path(__file__).parent
+Answer = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How long to measure. `--quick` is for trying the programs out; its numbers are not for judging."""
+
+    seconds: float = 1.5
+    rounds: int = 3
+    few: int = 2
+    """Rounds of what says the same each time, such as a time that is far from the one that is asked for."""
+    sleeps: int = 2000
+    signals: int = 200
+    flat: int = 100_000
+    parked: int = 100_000
+    replayed: int = 10_000
+    idle: float = 10.0
+    imports: int = 9
+    finished: int = 1_000_000
+    minutes: int = 10
+    minute: float = 60.0
+
+
+QUICK = Scale(
+    seconds=0.7,
+    rounds=1,
+    few=1,
+    sleeps=200,
+    signals=20,
+    flat=6000,
+    parked=4000,
+    replayed=1000,
+    idle=2.0,
+    imports=3,
+    finished=20_000,
+    minutes=3,
+    minute=8.0,
+)
+
+
+class Failed(Exception):
+    """A measurement that ended without an answer; the text is the last line it said."""
+
+
+def program(*command: object, timeout: float = 240) -> Answer:
+    """Runs one measurement and reads the JSON object in its last line."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=timeout)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["said nothing"]
+        raise Failed(re.sub(r" \(/.*\)", "", said[-1]))
+    answer: Answer = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def ours(measurement: str, **options: object) -> Answer:
+    return program(sys.executable, HERE / "ours.py", measurement, *flags(options))
+
+
+def fleet(measurement: str, *, timeout: float = 240, **options: object) -> Answer:
+    return program(sys.executable, HERE / "fleet.py", measurement, *flags(options), timeout=timeout)
+
+
+def floor(**options: object) -> Answer:
+    return program(sys.executable, HERE / "floor.py", *flags(options))
+
+
+def pg_floor(**options: object) -> Answer:
+    return program(sys.executable, HERE / "pg_floor.py", *flags(options))
+
+
+def dbos(workload: str, size: float, **options: object) -> Answer:
+    return program(peers.python("dbos"), HERE / "peer_dbos.py", workload, size, *flags(options))
+
+
+def absurd(workload: str, size: float, **options: object) -> Answer:
+    return program(peers.python("absurd"), HERE / "peer_absurd.py", workload, size, *flags(options))
+
+
+def flags(options: dict[str, object]) -> Iterable[str]:
+    for name, value in options.items():
+        if value is True:
+            yield f"--{name}"
+        elif value is not False:
+            yield f"--{name}={value}"
+
+
+def gathered(rounds: int, programs: dict[str, Callable[[], Answer]]) -> tuple[dict[str, list[Any]], list[str]]:
+    """The answers of each program, one per round, interleaved; and the failures, after which a program rests."""
+    answers: dict[str, list[Any]] = {}
+    failures: dict[str, str] = {}
+    for _ in range(rounds):
+        for name in [each for each in programs if each not in failures]:
+            try:
+                answers.setdefault(name, []).append(programs[name]())
+            except (Failed, subprocess.TimeoutExpired, OSError, ValueError) as error:
+                failures[name] = f"{name}: {error}"
+    return {name: each for name, each in answers.items() if each}, list(failures.values())

@@ -1,0 +1,257 @@
+"""The rows on SQLite."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from statistics import median
+
+from programs import Scale, dbos, fleet, floor, gathered, ours, program
+from table import Check, Line, at_least, at_most, joined, percentile
+
+VOID = "void: the floor must do 10 times DBOS"
+
+
+def throughput(scale: Scale, *, steps: int, concurrency: int, judged: bool = False) -> list[Line]:
+    size: dict[str, object] = {"steps": steps, "concurrency": concurrency, "seconds": scale.seconds}
+    programs = {
+        "async": lambda: ours("throughput", **size),
+        "sync": lambda: ours("throughput", sync=True, **size),
+        "dbos": lambda: dbos(f"steps-{steps}", scale.seconds, concurrency=concurrency),
+        "floor": lambda: floor(**size),
+    }
+    if judged:
+        programs["bare"] = lambda: floor(bare=True, **size)
+    # What nothing is asked of is measured once.
+    answers, failures = gathered(scale.rounds if judged else 1, programs)
+    rates = {name: median(each["steps_per_s"] for each in rounds) for name, rounds in answers.items()}
+    checks: list[Check] = []
+    note = ""
+    if judged and rates.keys() >= {"floor", "bare", "dbos"}:
+        ways = answers["floor"][0]
+        times = [rates[name] / rates["dbos"] for name in ("floor", "bare")]
+        note = f"floors: {times[0]:.0f} and {times[1]:.0f} times DBOS; {ways['way']}, {ways['rows_of']}"
+        if "async" in rates:
+            void = VOID if min(times) < 10 else ""
+            checks.append(at_least("part of floor", rates["async"] / rates["floor"], 0.4, void=void))
+            checks.append(at_least("times DBOS", rates["async"] / rates["dbos"], 40))
+    what = f"{steps}-step runs, {concurrency} at once"
+    return [Line(what=what, unit="steps/s", values=rates, checks=tuple(checks), note=joined(note, failures))]
+
+
+def latency(scale: Scale) -> list[Line]:
+    answers, failures = gathered(
+        scale.rounds,
+        {
+            "async": lambda: ours("throughput", seconds=scale.seconds),
+            "sync": lambda: ours("throughput", seconds=scale.seconds, sync=True),
+            "dbos": lambda: dbos("latency", scale.seconds),
+            "floor": lambda: floor(seconds=scale.seconds, concurrency=1),
+            "bare": lambda: floor(seconds=scale.seconds, concurrency=1, bare=True),
+        },
+    )
+
+    def at(part: float) -> dict[str, float]:
+        return {name: median(percentile(each["ms"], part) for each in rounds) for name, rounds in answers.items()}
+
+    p50, p99 = at(0.5), at(0.99)
+    fast, even = [], []
+    if p50.keys() >= {"async", "floor"}:
+        fast.append(at_most("times floor", p50["async"] / p50["floor"], 2.5))
+    if p50.keys() >= {"async", "dbos"}:
+        even.append(at_most("ms, DBOS's p50", p99["async"], p50["dbos"], strictly=True))
+    what = "one run alone, 3 steps, start to result"
+    return [
+        Line(what=f"{what}, p50", unit="ms", values=p50, checks=tuple(fast), note=joined("", failures)),
+        Line(what=f"{what}, p99", unit="ms", values=p99, checks=tuple(even)),
+    ]
+
+
+def sleeps(scale: Scale) -> list[Line]:
+    answers, failures = gathered(
+        1,
+        {"async": lambda: ours("sleeps", runs=scale.sleeps), "dbos": lambda: dbos("sleeps", scale.sleeps)},
+    )
+    what = f"{scale.sleeps:,} one-second sleeps, lateness"
+    middle = {name: median(median(each["ms"]) for each in rounds) for name, rounds in answers.items()}
+    worst = {name: median(max(each["ms"]) for each in rounds) for name, rounds in answers.items()}
+    return [
+        Line(what=f"{what} p50", unit="ms", values=middle, note=joined("", failures)),
+        Line(what=f"{what} worst", unit="ms", values=worst),
+    ]
+
+
+def signal(scale: Scale) -> list[Line]:
+    answers, failures = gathered(
+        scale.few,
+        {
+            "async": lambda: ours("signals", runs=scale.signals),
+            "dbos": lambda: dbos("signals", min(scale.signals, 50)),
+            "floor": lambda: floor(seconds=scale.seconds, concurrency=1),
+        },
+    )
+    # The floor's measure is one commit, a quarter of its 3-step run alone.
+    values = {
+        name: median(percentile(each["ms"], 0.5) for each in rounds) / (4 if name == "floor" else 1)
+        for name, rounds in answers.items()
+    }
+    checks = []
+    if values.keys() >= {"async", "floor"}:
+        checks.append(at_most("commits of the floor", values["async"] / values["floor"], 2.5))
+    what = "signal to result, p50 (floor: one commit)"
+    return [Line(what=what, unit="ms", values=values, checks=tuple(checks), note=joined("", failures))]
+
+
+def recovery(scale: Scale) -> list[Line]:
+    rounds = [fleet("recovery") for _ in range(scale.few)]
+    return [
+        Line(
+            what="killed worker: until all its runs go on in another",
+            unit="ms",
+            values={"async": median(max(each["gone_on_ms"]) for each in rounds)},
+            checks=(
+                at_most("ms, worst round", max(max(each["gone_on_ms"]) for each in rounds), 1000),
+                at_most("runs lost", sum(each["lost"] for each in rounds), 0),
+                Check(
+                    asked="re-executed ≤ in flight",
+                    found=", ".join(f"{each['re_executed']} of {each['orphans']}" for each in rounds),
+                    passed=all(each["re_executed"] <= each["orphans"] for each in rounds),
+                ),
+            ),
+            note="each run that it held had one step in flight",
+        )
+    ]
+
+
+def four(scale: Scale) -> list[Line]:
+    with tempfile.TemporaryDirectory(prefix="bench-four-") as folder, ThreadPoolExecutor(4) as pool:
+        store = f"sqlite:///{folder}/four.db"
+        ours("throughput", store=store, seconds=0.1)
+        options: dict[str, object] = {"store": store, "seconds": 2 * scale.seconds, "concurrency": 64}
+        begin = time.time() + 4
+        answers = list(pool.map(lambda _: ours("throughput", at=begin, **options), range(4)))
+    rates = sorted(each["steps_per_s"] for each in answers)
+    worst = max(each["worst_start_ms"] for each in answers)
+    return [
+        Line(
+            what="four processes on one file, 64 runs at once in each: together",
+            unit="steps/s",
+            values={"async": sum(rates)},
+            checks=(at_least("slowest / fastest", rates[0] / rates[-1], 1 / 3),),
+            note="each: " + ", ".join(f"{rate:,.0f}" for rate in rates),
+        ),
+        Line(
+            what="four processes on one file: longest wait for a start's commit",
+            unit="ms",
+            values={"async": worst},
+            checks=(at_most("ms", worst, 1000),),
+        ),
+    ]
+
+
+def parked(scale: Scale) -> list[Line]:
+    with tempfile.TemporaryDirectory(prefix="bench-parked-") as folder:
+        store = f"sqlite:///{folder}/parked.db"
+        left = ours("park", store=store, runs=scale.parked)
+        found = ours("wake", store=store, at=left["at"])
+    own = program(sys.executable, "-c", INTERPRETER)["mb"]
+    what = f"{scale.parked:,} parked runs"
+    return [
+        Line(
+            what=f"{what}: a worker's memory (floor: the interpreter's own)",
+            unit="MB",
+            values={"async": found["mb"], "floor": own},
+            checks=(at_most("MB", found["mb"], 250, strictly=True),),
+            note=f"{left['mb_having_parked']:.0f} MB in the process that started them, "
+            f"{left['starts_per_s']:,.0f} starts/s",
+        ),
+        Line(
+            what=f"{what}: waking 2,000 that are not in memory, beyond the sleep",
+            unit="s",
+            values={"async": found["late_s"]},
+            checks=(at_most("s", found["late_s"], 0.5),),
+            note="void: opened after the instant" if found["opened_too_late"] else "",
+        ),
+    ]
+
+
+INTERPRETER = """
+import asyncio, sqlite3
+lines = open("/proc/self/status").read().splitlines()
+kb = next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+print('{"mb": %f}' % (kb / 1024))
+"""
+
+
+def flat(scale: Scale) -> list[Line]:
+    found = ours("flat", runs=scale.flat)
+    early, late = median(found["early_ms"]), median(found["late_ms"])
+    cpu = median(found["late_cpu_ms"]) / median(found["early_cpu_ms"])
+    return [
+        Line(
+            what=f"run number {scale.flat:,} (floor: run number 1,000), 256 at once",
+            unit="ms each",
+            values={"async": late, "floor": early},
+            checks=(at_most("times", late / early, 1.3),),
+            note=f"CPU alone: {cpu:.2f} times",
+        )
+    ]
+
+
+def replay(scale: Scale) -> list[Line]:
+    rebuilt = []
+    for _ in range(scale.few):
+        with tempfile.TemporaryDirectory(prefix="bench-replay-") as folder:
+            store = f"sqlite:///{folder}/replay.db"
+            ours("record", store=store, steps=scale.replayed)
+            found = ours("replay", store=store)
+            rebuilt.append(found["long_ms"] - found["short_ms"])
+    return [
+        Line(
+            what=f"replay of a {scale.replayed:,}-step run (beyond that of one step)",
+            unit="ms",
+            values={"async": median(rebuilt)},
+            checks=(at_most("ms", median(rebuilt), 300, strictly=True),),
+        )
+    ]
+
+
+def idle(scale: Scale) -> list[Line]:
+    percent = 100 * float(ours("idle", seconds=scale.idle)["core"])
+    checks = (at_most("%", percent, 1, strictly=True),)
+    return [Line(what="idle worker", unit="% of a core", values={"async": percent}, checks=checks)]
+
+
+def importing(scale: Scale) -> list[Line]:
+    def taken(modules: str) -> float:
+        code = f"import time; a = time.perf_counter(); import {modules}; print((time.perf_counter() - a) * 1000)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
+    pairs = [(taken("perdure"), taken("asyncio, sqlite3")) for _ in range(scale.imports)]
+    ms, own = (median(each) for each in zip(*pairs, strict=True))
+    checks = (at_most("ms", ms, 150, strictly=True),)
+    what = "import perdure (floor: import asyncio, sqlite3)"
+    return [Line(what=what, unit="ms", values={"async": ms, "floor": own}, checks=checks)]
+
+
+ROWS: dict[str, Callable[[Scale], list[Line]]] = {
+    "steps-3-c1": lambda scale: throughput(scale, steps=3, concurrency=1),
+    "steps-3-c32": lambda scale: throughput(scale, steps=3, concurrency=32),
+    "steps-3-c256": lambda scale: throughput(scale, steps=3, concurrency=256, judged=True),
+    "steps-100": lambda scale: throughput(scale, steps=100, concurrency=32),
+    "latency": latency,
+    "sleeps": sleeps,
+    "signal": signal,
+    "recovery": recovery,
+    "four": four,
+    "parked": parked,
+    "flat": flat,
+    "replay": replay,
+    "idle": idle,
+    "import": importing,
+}
