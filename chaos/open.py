@@ -18,14 +18,14 @@ async def signalled(stage: Stage) -> None:
     """A user's transaction that has signalled stays open: on PostgreSQL only an end it signalled waits for it."""
     server = stage.base.kind == "postgres"
     # On SQLite it holds the one write lock there is. Who waits for that longer than 5 s is told so.
-    held = stage.pick(1.5, 20.0, 180.0) if server else stage.pick(1.5, 8.0, 20.0)
+    held = stage.pick(1.0, 20.0, 180.0) if server else stage.pick(1.0, 8.0, 20.0)
     await stage.workers(2)
     async with Client(stage.base.url) as client:
         load = Load(stage, client)
         for turn, commits in enumerate((True, False)):
             walkers, parked, ending = ([f"{name}-{turn}-{n}" for n in range(5)] for name in ("walks", "parked", "ends"))
             before = len(load.latencies)
-            await load.run(1.0, 20)
+            await load.run(stage.pick(0.4, 2.0, 10.0), 20)
             usual = [took for _, took in load.latencies[before:]]
             for run in parked:
                 await load.start("parked", 1, id=run)
@@ -38,7 +38,7 @@ async def signalled(stage: Stage) -> None:
             user = asyncio.create_task(asyncio.to_thread(_user, stage, client, runs, held, commits, opened))
             await stage.until(lambda opened=opened, user=user: opened.is_set() or user.done(), "the signals")  # type: ignore[misc]
             before = len(load.latencies)
-            running = asyncio.create_task(load.run(held - 0.5, 20))
+            running = asyncio.create_task(load.run(held - 0.4, 20))
             await asyncio.sleep(held - 0.3)
             if server:
                 early = stage.base.ask(
