@@ -180,7 +180,8 @@ def _acknowledged(facts: Facts, promised: Promised) -> Iterator[str]:
         if row.get("status") == "quarantined" and _only_hit(facts, promised, row["key"]):
             continue
         if row.get("status") != "completed" or row.get("result") != result:
-            yield f"{run} is {row.get('status')} with {row.get('result')}, not completed with {result}"
+            said = row.get("result") or row.get("error")
+            yield f"{run} is {row.get('status')} with {said}, not completed with {result}"
 
 
 def _mail(facts: Facts, promised: Promised) -> Iterator[str]:
@@ -285,7 +286,9 @@ CHECKERS: Final[dict[str, Checker]] = {
 def _only_hit(facts: Facts, promised: Promised, key: int) -> bool:
     """Whether all strikes of a run come from processes that the scenario harmed, however unlikely that is."""
     owners = [fence.old_owner for fence in facts.fences.get(key, ()) if fence.strikes_it]
-    return all(facts.workers[owner][0] in promised.harmed for owner in owners if owner is not None) and bool(owners)
+    return all(facts.workers[owner][0].split()[0] in promised.harmed for owner in owners if owner is not None) and bool(
+        owners
+    )
 
 
 def _id(facts: Facts, key: int) -> str:

@@ -1,8 +1,5 @@
 """What the runs of all scenarios do. Every step's function writes into the ledger of effects where it begins and ends.
 
-A line of the ledger is one `write` to a file opened with O_APPEND: lines of several processes do not mix, and none is
-half there after a kill. So the ledger says what really happened, beside what the store says.
-
 A step called `after-NAME` stands behind the sleep NAME: the audit sees to it that it never begins before its time.
 """
 
@@ -10,13 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import json
 import os
 import random
 import time
-from collections.abc import Callable
 from typing import Any, Final
 
+from chaos.ledger import note
 from perdure import Context, Retry, activity, current_step, workflow
 from perdure.sync import Context as SyncContext
 
@@ -24,31 +20,6 @@ SOON: Final = Retry(max_attempts=4, first_delay=0.02)
 ONCE: Final = Retry(max_attempts=1)
 FAR: Final = 100
 """What the last step of an order adds."""
-
-
-class Ledger:
-    """Where this process writes what it did. `epoch` tells under which claim a run is held here."""
-
-    file = -1
-    clock: Callable[[], int] = staticmethod(lambda: time.time_ns() // 1000)
-    epoch: Callable[[str, str], int] = staticmethod(lambda run, step: 0)
-
-
-def note(what: str) -> None:
-    """One line: what, run, step, attempt, key, process, epoch of the claim, time by the clock of the store."""
-    info = current_step()
-    line = {
-        "what": what,
-        "run": info.run_id,
-        "step": info.id,
-        "attempt": info.attempt,
-        "key": info.key,
-        "pid": os.getpid(),
-        "epoch": Ledger.epoch(info.run_id, info.id),
-        "at": Ledger.clock(),
-        "mono": time.monotonic(),
-    }
-    os.write(Ledger.file, json.dumps(line).encode() + b"\n")
 
 
 # --- steps ---
@@ -244,7 +215,7 @@ def eats_memory() -> None:
     hoard = []
     while True:
         hoard.append(b"x" * 8_000_000)
-        time.sleep(0.001)
+        time.sleep(0.005)
 
 
 def holds_the_interpreter(seconds: float) -> str:
