@@ -12,9 +12,10 @@ import logging
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Final, Generic, ParamSpec, TypeVar, overload
+from typing import Any, Final, Generic, ParamSpec, Protocol, TypeVar, overload
 
 import msgspec
 
@@ -45,6 +46,7 @@ from perdure.core.status import ENDED, Status
 from perdure.core.turn import (
     Address,
     Announced,
+    Batch,
     Begun,
     Committed,
     Conflict,
@@ -60,6 +62,7 @@ from perdure.core.turn import (
     Start,
     Taken,
     Turn,
+    Verdict,
 )
 from perdure.info import Event, RunInfo, RunPage, events_of, info_of
 from perdure.runtime.registry import Registry, Workflow
@@ -112,6 +115,17 @@ class Ending:
     status: str
     result: str | None
     error: str | None
+
+
+class CallersTransaction(Protocol):
+    """A transaction that the caller of the sync face has open, in a thread of its own."""
+
+    async def write(self, store: Store, batch: Batch) -> list[Verdict]:
+        """Have the batch written there."""
+
+
+callers_transaction: Final[ContextVar[CallersTransaction | None]] = ContextVar("perdure_callers", default=None)
+"""Where this call writes, if not through the committer."""
 
 
 class Core:
@@ -391,13 +405,20 @@ class Client:
         delay: timedelta | float | None = None,
         queue: str | None = None,
         timeout: timedelta | float | None = None,
+        connection: Any = None,
     ) -> C:
         """The same client with these options for the next `start`.
 
         id: 1 to 255 printable characters; default: a new one. idempotency_key: one run per key, workflow and
         `idempotency_ttl`. if_exists: "use" the run that has the id (also an ended one) or "fail". at, delay: start
-        later. queue: instead of the workflow's own. timeout: the longest the run may take.
+        later. queue: instead of the workflow's own. timeout: the longest the run may take. connection: only on the
+        sync face.
         """
+        if connection is not None:
+            raise TypeError(
+                "options(connection=…) was given to the async face. A transaction belongs to the thread that has the "
+                "connection, and this face writes in another. Use engine.sync.options(connection=…) in that thread."
+            )
         if if_exists in ("restart", "terminate"):
             raise ValueError(f'if_exists="{if_exists}" comes with a later version. Use "use" or "fail".')
         if if_exists not in ("use", "fail"):
@@ -452,8 +473,10 @@ class Client:
         queue = options.queue if options.queue is not None else queue
         shift = core.shift
         owner: str | None = None
+        callers = callers_transaction.get()
         if (
             shift is not None
+            and callers is None
             and start_at is None
             and target is not None
             and core.registry.workflows.get(name) is target
@@ -482,7 +505,10 @@ class Client:
             language=LANGUAGE,
         )
         returns = target.returns if target is not None else _ANY
-        verdict = await core.write(lambda committer, answer: committer.start(start, self._owning(start, answer)))
+        if callers is not None:
+            [verdict] = await callers.write(store, Batch(starts=[start]))
+        else:
+            verdict = await core.write(lambda committer, answer: committer.start(start, self._owning(start, answer)))
         if isinstance(verdict, (Begun, Existing)):
             return RunHandle(core, verdict.id, returns, key=verdict.run)
         if isinstance(verdict, Taken):
@@ -715,7 +741,13 @@ class RunHandle(Generic[R]):
         return Address(namespace=self._core.namespace, id=self.id)
 
     async def _send(self, send: Send, *, quiet: bool = False) -> None:
-        verdict = await self._core.write(lambda committer, answer: committer.send(send, answer))
+        callers = callers_transaction.get()
+        verdict: Any
+        if callers is not None:
+            await self._core.open()
+            [verdict] = await callers.write(self._core.store, Batch(sends=[send]))
+        else:
+            verdict = await self._core.write(lambda committer, answer: committer.send(send, answer))
         if isinstance(verdict, NotFound):
             raise RunNotFound(self.id, namespace=self._core.namespace)
         if isinstance(verdict, Finished) and not quiet:

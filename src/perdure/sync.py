@@ -10,19 +10,25 @@ import asyncio
 import os
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import Future
 from datetime import timedelta
+from queue import SimpleQueue
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 from perdure.client import Client as AsyncClient
 from perdure.client import RunHandle as AsyncHandle
+from perdure.client import callers_transaction
 from perdure.core.status import Status
+from perdure.core.turn import Batch, Verdict
 from perdure.engine import GRACE
 from perdure.engine import Engine as AsyncEngine
 from perdure.engine import Worker as AsyncWorker
 from perdure.info import Event, RunInfo, RunPage
+from perdure.runtime import inside
 from perdure.runtime.context import SyncContext as Context
 from perdure.runtime.context import SyncPending as Pending
 from perdure.runtime.registry import Workflow
+from perdure.stores.contract import Store
 
 __all__ = ["Client", "Context", "Engine", "Pending", "RunHandle", "Worker"]
 
@@ -30,6 +36,40 @@ P = ParamSpec("P")
 R = TypeVar("R")
 C = TypeVar("C", bound="Client")
 T = TypeVar("T")
+
+
+class _Callers:
+    """The caller's own transaction, for one call: what is to be written comes back to the thread that has it open."""
+
+    def __init__(self, connection: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._connection = connection
+        self._loop = loop
+        self._asked: SimpleQueue[tuple[Store, Batch, asyncio.Future[list[Verdict]]] | None] = SimpleQueue()
+
+    async def write(self, store: Store, batch: Batch) -> list[Verdict]:
+        answer: asyncio.Future[list[Verdict]] = self._loop.create_future()
+        self._asked.put((store, batch, answer))
+        return await answer
+
+    def serve(self, call: Future[T]) -> T:
+        """Write what the call asks for until it has ended; its result."""
+        call.add_done_callback(lambda done: self._asked.put(None))
+        try:
+            while (asked := self._asked.get()) is not None:
+                self._write(*asked)
+        except KeyboardInterrupt:
+            call.cancel()
+            raise
+        return call.result()
+
+    def _write(self, store: Store, batch: Batch, answer: asyncio.Future[list[Verdict]]) -> None:
+        try:
+            verdicts = store.write_on(self._connection, batch)
+        except Exception as error:
+            self._loop.call_soon_threadsafe(answer.set_exception, error)
+        else:
+            inside.note(self._connection)
+            self._loop.call_soon_threadsafe(answer.set_result, verdicts)
 
 
 class _Loop:
@@ -42,8 +82,8 @@ class _Loop:
         self.over = False
         self._lock = threading.Lock()
 
-    def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run the coroutine there and wait for it here."""
+    def wait(self, coroutine: Coroutine[Any, Any, T], connection: Any = None) -> T:
+        """Run the coroutine there and wait for it here. connection: what it writes is written here, on this one."""
         try:
             loop = self._running()
         except RuntimeError:
@@ -59,6 +99,15 @@ class _Loop:
                 "A blocking call was made on the event loop's own thread. It would wait for itself for ever. "
                 "Use the async name with await, or call it from another thread."
             )
+        if connection is not None:
+            callers = _Callers(connection, loop)
+            # The coroutine runs in a copy of this context.
+            token = callers_transaction.set(callers)
+            try:
+                future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+            finally:
+                callers_transaction.reset(token)
+            return callers.serve(future)
         future = asyncio.run_coroutine_threadsafe(coroutine, loop)
         try:
             return future.result()
@@ -97,6 +146,7 @@ class Client:
     """As `perdure.Client`, without `await`; from any thread."""
 
     _twin: type[AsyncClient] = AsyncClient
+    _connection: Any = None
 
     def __init__(self, store: Any = None, **options: Any) -> None:
         self._loop = _Loop()
@@ -123,9 +173,16 @@ class Client:
         self._loop.wait(self._async.close())
         self._loop.stop()
 
-    def options(self: C, **options: Any) -> C:
-        """As `Client.options`."""
-        return self._over(self._async.options(**options), self._loop)
+    def options(self: C, *, connection: Any = None, **options: Any) -> C:
+        """As `Client.options`. connection: of the store's own database, with a transaction of yours.
+
+        Starts, and `signal` and `cancel` of the handles, are then part of that transaction: workers see them after
+        your commit, and what you roll back never happened. A `sqlite3.Connection` as Python makes it begins a
+        transaction by itself; one with `isolation_level=None` must have begun one.
+        """
+        view = self._over(self._async.options(**options), self._loop)
+        view._connection = connection
+        return view
 
     @overload
     def start(self, workflow: Workflow[P, R], /, *args: P.args, **kwargs: P.kwargs) -> RunHandle[R]: ...
@@ -133,11 +190,15 @@ class Client:
     def start(self, workflow: str, /, *args: Any, **kwargs: Any) -> RunHandle[Any]: ...
     def start(self, workflow: Any, /, *args: Any, **kwargs: Any) -> RunHandle[Any]:
         """As `Client.start`."""
-        return RunHandle(self._loop.wait(self._async.start(workflow, *args, **kwargs)), self._loop)
+        connection = self._connection
+        if connection is None:
+            inside.refuse("start()")
+        run = self._loop.wait(self._async.start(workflow, *args, **kwargs), connection)
+        return RunHandle(run, self._loop, connection)
 
     def handle(self, run_id: str, /, *, returns: Any = Any) -> RunHandle[Any]:
         """As `Client.handle`."""
-        return RunHandle(self._async.handle(run_id, returns=returns), self._loop)
+        return RunHandle(self._async.handle(run_id, returns=returns), self._loop, self._connection)
 
     def list_runs(self, **filters: Any) -> RunPage:
         """As `Client.list_runs`."""
@@ -176,9 +237,10 @@ class Worker:
 class RunHandle(Generic[R]):
     """As `perdure.RunHandle`, without `await`."""
 
-    def __init__(self, twin: AsyncHandle[R], loop: _Loop) -> None:
+    def __init__(self, twin: AsyncHandle[R], loop: _Loop, connection: Any = None) -> None:
         self._async = twin
         self._loop = loop
+        self._connection = connection
 
     @property
     def id(self) -> str:
@@ -190,6 +252,7 @@ class RunHandle(Generic[R]):
 
     def result(self, timeout: timedelta | float | None = None) -> R:
         """As `RunHandle.result`."""
+        inside.refuse("result()")
         return self._loop.wait(self._async.result(timeout))
 
     def status(self) -> Status:
@@ -210,14 +273,19 @@ class RunHandle(Generic[R]):
 
     def signal(self, name: str, /, *args: Any, message_id: str | None = None) -> None:
         """As `RunHandle.signal`."""
-        self._loop.wait(self._async.signal(name, *args, message_id=message_id))
+        if self._connection is None:
+            inside.refuse("signal()")
+        self._loop.wait(self._async.signal(name, *args, message_id=message_id), self._connection)
 
     def cancel(self, reason: str = "") -> None:
         """As `RunHandle.cancel`."""
-        self._loop.wait(self._async.cancel(reason))
+        if self._connection is None:
+            inside.refuse("cancel()")
+        self._loop.wait(self._async.cancel(reason), self._connection)
 
     def terminate(self, reason: str = "") -> None:
-        """As `RunHandle.terminate`."""
+        """As `RunHandle.terminate`; never part of a transaction of yours."""
+        inside.refuse("terminate()")
         self._loop.wait(self._async.terminate(reason))
 
 

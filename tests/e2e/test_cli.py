@@ -389,6 +389,26 @@ def test_namespaces_do_not_see_each_other(shell: Shell) -> None:
     assert shell.ask("show", "g", "--namespace", "blue").code == 0
 
 
+def test_prune_removes_what_ended_long_enough_ago_and_says_how_much(shell: Shell) -> None:
+    shell.waiting("live")
+    for number in range(3):
+        shell.ask("start", "greet", "--id", f"g-{number}", "--input", '"a"')
+        shell.ask("terminate" if number else "cancel", f"g-{number}")
+    assert shell.ask("prune", "--older-than", "1h").err == "0 runs removed.\n"
+    assert shell.ask("prune", "--older-than", "0s", "--dry-run").err == "2 runs would be removed.\n"
+    assert shell.json("prune", "--older-than", "0", "--status", "completed") == {"runs": 0, "dry_run": False}
+    assert shell.ask("prune", "--older-than", "0s", "--workflow", "order", "--namespace", "default").code == 0
+    assert shell.ask("prune", "--older-than", "0s", "--status", "terminated", "--limit", "1").err == "1 run removed.\n"
+    assert shell.json("prune", "--older-than", "0s") == {"runs": 1, "dry_run": False}
+    ids = [json.loads(line)["id"] for line in shell.ask("list", "--json").out.splitlines()]
+    assert ids == ["g-0", "live"]
+    for wrong in ("soon", "1y", "-1d", "1e99w"):
+        assert shell.ask("prune", "--older-than", wrong).code == 2
+    assert shell.ask("prune", "--older-than", "9" * 30 + "w").code == 2
+    assert shell.ask("prune").code == 2
+    assert shell.ask("prune", "--older-than", "1h", "--status", "running").code == 2
+
+
 def test_start_refuses_what_does_not_fit_and_uses_what_exists(shell: Shell) -> None:
     shell.waiting()
     assert shell.ask("start", "greet", "--arg", 'nme="x"').code == 2

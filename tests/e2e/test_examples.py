@@ -16,6 +16,7 @@ PRINTS: Final = {
     "plain_functions": "12\n",
     "generator": "700\n",
     "children": "7\na book of 7 words\n",
+    "transaction": "paid 30, 70 left\nrefused: the account has 70, not 80\n1 of 2 parcels waits\n",
     "cancellation": "released the reservation of room 7: the guest is ill\ncancelled: the guest is ill\n",
 }
 OF_THE_DEMO: Final = {"demo", "shop", "payments"}

@@ -44,6 +44,7 @@ COMMANDS: Final = {
     "cancel": "Ask a run's code to stop.",
     "terminate": "End a run without asking its code.",
     "why": "Say in one sentence what a run waits for, since when, and who could move it.",
+    "prune": "Remove runs that ended long ago, with everything that is kept of them.",
     "sim": "Run the seeded simulation of the engine.",
 }
 

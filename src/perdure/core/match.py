@@ -31,6 +31,9 @@ PENDING: Final = 2
 DONE: Final = 3
 CANCELLED: Final = 4
 
+LOCAL: Final = frozenset({"run", "transaction"})
+"""Kinds of operations whose functions are executed by the worker that has the run."""
+
 Tag = tuple[type, str]
 
 
@@ -77,7 +80,7 @@ class Op:
         digest: str | None = None,
         spec: Any = None,
     ) -> None:
-        self.kind = kind  # run, sleep, signal_wait, activity, child
+        self.kind = kind  # run, transaction, sleep, signal_wait, activity, child
         self.id = id
         self.name = name
         self.site = site
@@ -306,7 +309,7 @@ class Line:
     def wants(self, op_id: str, attempt: int) -> bool:
         """Whether the outcome of this attempt of a local step still means anything to the code."""
         op = self.ops.get(op_id)
-        return op is not None and op.state == PENDING and op.kind == "run" and op.attempt == attempt
+        return op is not None and op.state == PENDING and op.kind in LOCAL and op.attempt == attempt
 
     def differ(self, number: int, event: ev.Event | None, asked: Op | None, *, text: str = "") -> None:
         """Keep the first difference; the driver stops the code."""
@@ -552,6 +555,7 @@ class Line:
 
 _BEGIN: Final[dict[str, Callable[[Line, Op], None]]] = {
     "run": Line._begin_run,
+    "transaction": Line._begin_run,
     "sleep": Line._begin_sleep,
     "signal_wait": Line._begin_signal_wait,
     "child": Line._begin_remote,
@@ -629,15 +633,15 @@ def describe(event: ev.Event) -> str:
     """An event as a report names it."""
     if isinstance(event, (ev.StepCompleted, ev.StepFailed, ev.AttemptFailed)):
         named = f" ({event.name})" if event.name and event.name != event.step else ""
-        return f'run step "{event.step}"{named}'
+        return f'{event.op} step "{event.step}"{named}'
     return _WORDS.get(type(event), ev.kind(event)).format(event)
 
 
 def describe_op(op: Op) -> str:
     """An operation as a report names it."""
-    if op.kind == "run":
+    if op.kind in LOCAL:
         named = f" ({op.name})" if op.name and op.name != op.id else ""
-        return f'run step "{op.id}"{named}'
+        return f'{op.kind} step "{op.id}"{named}'
     if op.kind == "sleep":
         length = getattr(op.spec, "length", None)
         return f'sleep "{op.id}"' + (f" {timedelta(microseconds=length)}" if length is not None else "")

@@ -16,16 +16,16 @@ import warnings
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from hashlib import blake2b
-from typing import Any, Final, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, Concatenate, Final, Generic, ParamSpec, Protocol, TypeVar, overload
 
 import msgspec
 
 from perdure.core.codec import plan
-from perdure.core.errors import Cancelled, Evicted, Unwinding, timed_out
+from perdure.core.errors import Cancelled, Evicted, NoTransactions, Unwinding, timed_out
 from perdure.core.limits import Limits, check_id
 from perdure.core.match import CANCELLED, DONE, Line, Op
 from perdure.core.retry import duration, instant, micros, moment
-from perdure.runtime import steps
+from perdure.runtime import inside, steps
 from perdure.runtime.loop import RunLoop, StepWait
 from perdure.runtime.registry import Activity, Workflow
 from perdure.runtime.steps import NO_OPTIONS, Options, call_site
@@ -104,6 +104,14 @@ class _Asking:
             op = steps.activity(id, fn, args, kwargs, options, self._facts.limits, call_site(depth), line.run_id)
         else:
             op = steps.local(id, fn, args, kwargs, options, self._facts.limits, call_site(depth))
+        line.ask(op)
+        return op
+
+    def _transaction(self, id: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Op:
+        line = self._checked(id)
+        if self._facts.without_transactions:
+            raise NoTransactions.of(f'ctx.step.transaction("{id}", …)', store=self._facts.without_transactions)
+        op = steps.transaction(id, fn, args, kwargs, self._options, self._facts.limits, call_site(3))
         line.ask(op)
         return op
 
@@ -201,7 +209,10 @@ def step_key(seed: str, step: str) -> str:
 class Facts:
     """What the contexts of one run share; made by the play, told by it when the run is over."""
 
-    __slots__ = ("host", "input_first", "known", "limits", "line", "raised", "random", "run", "seed", "uuids")
+    __slots__ = (
+        *("host", "input_first", "known", "limits", "line", "raised", "random", "run", "seed", "uuids"),
+        "without_transactions",
+    )
 
     def __init__(
         self, *, host: Host, run: ThisRun, seed: str, limits: Limits, known: Mapping[str, Workflow[Any, Any]]
@@ -216,6 +227,7 @@ class Facts:
         self.uuids = 0
         self.input_first: Any = None
         self.raised = 0
+        self.without_transactions = ""  # the URL of a store that has none
 
     def may_speak(self, what: str) -> None:
         """Refuse calls of a dead context, and of anybody but the body."""
@@ -487,6 +499,23 @@ class Step(_Asking):
         """Run `fn(*args, **kwargs)` here; once its outcome is recorded it never runs again."""
         return self._operation(self._local(id, fn, args, kwargs))
 
+    @overload
+    def transaction(
+        self, id: str, fn: Activity[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Operation[R]: ...
+    @overload
+    def transaction(
+        self, id: str, fn: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Operation[R]: ...
+    def transaction(self, id: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Operation[Any]:
+        """Run `fn(connection, *args, **kwargs)` in a thread, its effect and its record in one commit.
+
+        connection: open on the store's own database, in a transaction that Perdure commits when `fn` returns, or
+        rolls back when it raises. `fn` is plain, quick (5 seconds on SQLite, where it is the only writer) and does
+        nothing elsewhere: it runs again if its transaction was rolled back.
+        """
+        return self._operation(self._transaction(id, fn, args, kwargs))
+
     def sleep(
         self,
         id: str,
@@ -617,6 +646,7 @@ class SyncStep(_Asking):
     __slots__ = ()
 
     def _finish(self, op: Op) -> Any:
+        inside.refuse(f'ctx.step ("{op.id}")')
         line = self._facts.line
         line.begin(op)
         if not op.over:
@@ -641,6 +671,14 @@ class SyncStep(_Asking):
     def run(self, id: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """As `Step.run`."""
         return self._finish(self._local(id, fn, args, kwargs))
+
+    @overload
+    def transaction(self, id: str, fn: Activity[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    @overload
+    def transaction(self, id: str, fn: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    def transaction(self, id: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """As `Step.transaction`."""
+        return self._finish(self._transaction(id, fn, args, kwargs))
 
     def sleep(
         self,

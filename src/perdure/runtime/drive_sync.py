@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from perdure.core.errors import Cancelled, Evicted, Suspended, Unwinding
-from perdure.core.match import Line, Op
+from perdure.core.match import LOCAL, Line, Op
 
 log = logging.getLogger("perdure.runtime")
 
@@ -165,7 +165,7 @@ class SyncDriver:
 
     def waits_local_only(self) -> bool:
         """Whether everything the body waits for runs here."""
-        return all(op.kind == "run" for op in self._ops)
+        return all(op.kind in LOCAL for op in self._ops)
 
     def finished(self, op: Op) -> None:
         """The function has returned: the body's thread is the body's again."""

@@ -52,7 +52,10 @@ NOTHING = Asked((), (), (), ())
 
 
 class Play:
-    """See the module. input: the stored input, read from the run's row."""
+    """See the module. input: the stored input, read from the run's row.
+
+    without_transactions: the URL of a store that has none, so that transaction steps are refused.
+    """
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class Play:
         limits: Limits,
         known: Mapping[str, Workflow[Any, Any]],
         threads: BodyThreads,
+        without_transactions: str = "",
     ) -> None:
         self.workflow = workflow
         self.run = run
@@ -74,6 +78,7 @@ class Play:
         self._limits = limits
         self._known = known
         self._threads = threads
+        self._without_transactions = without_transactions
         self.line = Line(run.id)
         self.driver: AsyncDriver | SyncDriver | None = None
         # A sync run gives its thread back while it waits, and is rebuilt from this.
@@ -91,7 +96,8 @@ class Play:
     def replay(self, events: Sequence[ev.Event]) -> Iterator[None]:
         """Bring the code to the end of the recorded line, yielding now and then so that others get their turn.
 
-        A lone `started` is life: nothing was recorded behind it yet.
+        A lone `started` is life: nothing was recorded behind it yet. So is the outcome of a transaction step at the
+        end of the line: its commit holds the outcome alone, what the code did with it comes with the next one.
         """
         if self._kept is not None:
             self._kept.extend(events)
@@ -102,6 +108,8 @@ class Play:
             stop = inputs[n + 1] if n + 1 < len(inputs) else len(events)
             line.following = events[stop] if stop < len(events) else None
             event: Any = events[start]
+            if start + 1 == stop == len(events) and type(event) is ev.StepCompleted and event.op == "transaction":
+                line.replaying = self._rebuilding
             line.open(event.at, number=start + 1, expected=events[start + 1 : stop], last=stop == len(events))  # type: ignore[arg-type]
             self._deliver(event, UNSET)
             line.close()
@@ -195,6 +203,7 @@ class Play:
             driver = AsyncDriver(line, event.at)
         self.driver = driver
         facts = Facts(host=driver, run=self.run, seed=self._seed, limits=self._limits, known=self._known)
+        facts.without_transactions = self._without_transactions
         try:
             args, kwargs = workflow.signature.decode(self._input)
         except Exception as error:

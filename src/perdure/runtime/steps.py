@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import hashlib
+import inspect
 import os
 import sys
 import weakref
@@ -203,6 +204,15 @@ def call_site(depth: int) -> str:
     return f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
+def is_async(fn: Any) -> bool:
+    """Whether calling this gives a coroutine, as far as can be seen from outside."""
+    target = fn
+    while isinstance(target, functools.partial):
+        target = target.func
+    target = getattr(target, "__func__", target)
+    return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(getattr(target, "__call__", None))  # noqa: B004
+
+
 @functools.lru_cache(maxsize=4096)
 def _short(path: str) -> str:
     """A source file as people name it: relative to the working directory if below it, else its last two parts."""
@@ -247,6 +257,32 @@ def local(
     policy = policy_of(fn, options)
     call = LocalCall(fn.fn if type(fn) is Activity else fn, args, kwargs, policy, limits)
     return Op("run", id, name=policy.name, site=site, digest=codec.digest64(args, kwargs), spec=call)
+
+
+def transaction(
+    id: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, limits: Limits, site: str
+) -> Op:
+    """A step that runs here, in a transaction of the store's own database."""
+    if isinstance(fn, Workflow) or not callable(fn):
+        raise TypeError(
+            f'ctx.step.transaction("{id}", …) got {fn!r}. Its second argument is a plain function, which gets the open '
+            "connection first. Pass the function itself, and its further arguments after it."
+        )
+    if options.queue is not None or (isinstance(fn, Activity) and fn.queue is not None):
+        raise TypeError(
+            f'ctx.step.transaction("{id}", …) was given a queue. A transaction is one connection of this process, and '
+            "cannot be dispatched. Leave the queue out, or use ctx.step.run."
+        )
+    function = fn.fn if isinstance(fn, Activity) else fn
+    if is_async(function):
+        raise TypeError(
+            f'ctx.step.transaction("{id}", …) got the async function {name_of(fn)}. The transaction holds the '
+            "connection, and on SQLite every other writer, until the function returns: nothing may be awaited in it. "
+            "Give a plain function; it runs in a thread."
+        )
+    policy = policy_of(fn, options)
+    call = LocalCall(function, args, kwargs, policy, limits)
+    return Op("transaction", id, name=policy.name, site=site, digest=codec.digest64(args, kwargs), spec=call)
 
 
 def activity(

@@ -22,7 +22,7 @@ from perdure.core import events as ev
 from perdure.core import failure, retry, stored
 from perdure.core.errors import LimitExceeded, NeverRests, NonDeterminismError, PayloadError, StoreError
 from perdure.core.failure import RecordedError
-from perdure.core.match import PENDING, Op
+from perdure.core.match import LOCAL, PENDING, Op
 from perdure.core.turn import (
     Committed,
     Fenced,
@@ -148,6 +148,8 @@ class Resident:
         "status",
         "this",
         "timer_at",
+        "transacting",
+        "transactions",
         "unwanted",
         "version",
         "wake_at",
@@ -200,6 +202,8 @@ class Resident:
         self.pumping = False
         self.rebuilding = True
         self.timer_at: int | None = None
+        self.transactions: deque[Execution] | None = None  # attempts of transaction steps that wait for their turn
+        self.transacting: Any = None  # the one that has the commit right
         self.workflow = shift.registry.workflows[this.workflow]
         self.play = self._new_play()
 
@@ -233,6 +237,7 @@ class Resident:
             limits=self.shift.limits,
             known=self.shift.registry.workflows,
             threads=self.shift.threads,
+            without_transactions="" if self.shift.store.transactions else self.shift.store.url,
         )
 
     # --- coming into memory ---------------------------------------------------------------------------
@@ -339,7 +344,7 @@ class Resident:
 
     def pump(self) -> None:
         """Deliver what is in the inbox, one by one, each timer that is due before it; then close the turn."""
-        if self.pumping or self.rebuilding or self.gone:
+        if self.pumping or self.rebuilding or self.gone or self.transacting is not None:
             return
         self.pumping = True
         play = self.play
@@ -417,6 +422,7 @@ class Resident:
             "at": now,
             "step": op.id,
             "ordinal": op.ordinal,
+            "op": op.kind,
             "name": op.name,
             "site": op.site,
             "digest": op.digest,
@@ -498,7 +504,7 @@ class Resident:
         for op in asked.starts:
             gathered.add("starts", self._start_of(op))
         for op in asked.dropped:
-            if op.kind == "run":
+            if op.kind in LOCAL:
                 gathered.add("given_up", op.id)
                 self.retrying.pop(op.id, None)
                 self.deadlines.pop(op.id, None)
@@ -567,6 +573,8 @@ class Resident:
             self.open = Gathered()
             self._act(gathered)
         self._set_timer(wake_at)
+        if self.transactions and self.flight is None:
+            self.shift.transact_next(self)
 
     def _hand_over(self, gathered: Gathered) -> None:
         """The worker leaves, and nothing of this run executes here any more: another takes it on at once."""
@@ -746,7 +754,7 @@ class Resident:
                 self.unwanted = []
             self._act(gathered)
             # What has not changed since the turn was closed needs no look: it still executes something.
-            quiet = self.executions and turn.status == RUNNING and not self.shift.draining
+            quiet = self.executions and turn.status == RUNNING and not self.shift.draining and not self.transactions
             if not quiet or self.open.events or self.open.begun or self.play.over or self.inbox:
                 self.settle()
 

@@ -41,6 +41,7 @@ from perdure.runtime.drive_sync import BodyThreads, SyncDriver
 from perdure.runtime.registry import Registry
 from perdure.runtime.steps import ActivityPolicy
 from perdure.stores.contract import Store
+from perdure.worker import transacting
 from perdure.worker.activities import ActivityRun, start_policy
 from perdure.worker.committer import Committer
 from perdure.worker.executing import Execution, Executor
@@ -560,6 +561,9 @@ class Shift:
             attempt()
 
     def _execute(self, resident: Resident, op: Op, execution: Execution) -> None:
+        if op.kind == "transaction":
+            transacting.wanted(resident, execution)
+            return
         call = execution.call
         if call.timeout is not None:
             execution.timer = self.loop.call_later(call.timeout.total_seconds(), self._out_of_time, resident, execution)
@@ -568,6 +572,10 @@ class Shift:
             driver.execute(op, self.executor.job(execution, lambda: driver.finished(op)))
         else:
             self.executor.begin(execution)
+
+    def transact_next(self, resident: Resident) -> None:
+        """A run has nothing in flight: the transaction step that waits for that may begin."""
+        transacting.begin_next(resident)
 
     def _out_of_time(self, resident: Resident, execution: Execution) -> None:
         execution.timer = None

@@ -10,6 +10,7 @@ from sqlite3 import Connection, Cursor
 from typing import Any, Final
 
 from perdure.core.errors import StoreLocked
+from perdure.stores.sqlite.errors import BUSY, code
 
 SAVEPOINT: Final = "perdure_batch"
 
@@ -53,11 +54,11 @@ def borrowed(connection: Any, path: str, url: str) -> Iterator[Plain]:
             raise
         db.execute(f"RELEASE {SAVEPOINT}")
     except sqlite3.OperationalError as error:
-        if not _is_stale(error):
+        if code(error) != BUSY:
             raise
         raise StoreLocked(
-            f"The store {url} was written by others since this transaction began to read. SQLite lets such a "
-            "transaction read on, but not write. Roll it back and begin it with BEGIN IMMEDIATE.",
+            f"The transaction of connection= could not become the writer of {url}. Another one is writing, or has "
+            "written since this one began to read, and SQLite does not wait for that. Begin it with BEGIN IMMEDIATE.",
             store=url,
         ) from error
     finally:
@@ -100,8 +101,3 @@ def _begin(connection: Connection, db: Plain) -> bool:
     # Not deferred: one that has read before others wrote could not write any more.
     db.execute("BEGIN IMMEDIATE")
     return True
-
-
-def _is_stale(error: sqlite3.Error) -> bool:
-    """Whether a transaction cannot write because others have written since it began to read."""
-    return getattr(error, "sqlite_errorcode", 0) == 517  # SQLITE_BUSY_SNAPSHOT

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from perdure.core.errors import NotAStore, StoreReadOnly, StoreUnavailable, quoted
 from perdure.stores.sqlite import gate
+from perdure.stores.sqlite.borrowed import Plain
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def check_path(path: str, url: str, *, create: bool) -> None:
 def connect(
     path: str, *, busy_timeout: float, durability: str, writes: bool, factory: type[Connection] = Connection
 ) -> Any:
-    """A connection to an existing file, set as all of ours are."""
+    """A connection to an existing file, set as all of ours are. factory: its class, for one that users get."""
     db: Connection = sqlite3.connect(
         f"file:{quote(path)}?mode=rw",
         uri=True,
@@ -102,19 +103,20 @@ def connect(
         factory=factory,
     )
     try:
-        db.execute("PRAGMA mmap_size = 0")
-        db.execute("PRAGMA foreign_keys = OFF")
-        db.execute("PRAGMA temp_store = MEMORY")
-        db.execute(f"PRAGMA synchronous = {SYNCHRONOUS[durability]}")
+        execute = Plain(db).execute
+        execute("PRAGMA mmap_size = 0")
+        execute("PRAGMA foreign_keys = OFF")
+        execute("PRAGMA temp_store = MEMORY")
+        execute(f"PRAGMA synchronous = {SYNCHRONOUS[durability]}")
         # Only SQLite knows how long the log is. So it checkpoints by itself (PASSIVE), but on one connection only,
         # which commits inside the gate: no other process of ours writes or checkpoints then.
-        db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES if writes else 0}")
+        execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES if writes else 0}")
         if writes:
-            db.execute("PRAGMA cache_size = -16000")
+            execute("PRAGMA cache_size = -16000")
         else:
-            db.execute("PRAGMA query_only = ON")
+            execute("PRAGMA query_only = ON")
     except BaseException:
-        db.close()
+        Connection.close(db)
         raise
     return db
 

@@ -422,10 +422,10 @@ class SQLiteStore:
 
     def close(self) -> None:
         if not self._closed:
-            self._closed = True
+            self._closed = self._steps.over = True
             self.wake()
             # Closing the last connection of all checkpoints the log: like every checkpoint of ours, inside the gate.
-            writes = self._writer is not None and self._place.gate.enter(time.monotonic() + 1)
+            writes = (self._writer is not None or self._steps.in_use) and self._place.gate.enter(time.monotonic() + 1)
             try:
                 self.release_connections()
             finally:
@@ -445,11 +445,11 @@ class SQLiteStore:
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
+        self._steps.close()
 
     def forget_connections(self) -> None:
         """In a forked child: what a thread of the parent still had open is not ours, not even to close."""
-        _not_ours.extend(db for db in (self._writer, *self._idle) if db is not None)
-        self._steps.forget()
+        _not_ours.extend(db for db in (self._writer, self._steps.forget(), *self._idle) if db is not None)
         self._readers = threading.Condition()
         self._idle, self._reading, self._writer = [], 0, None
 

@@ -4,7 +4,8 @@ It holds the file's single writer, so it has a limit of time; the limit, or whoe
 from another thread while the function may still run. So the function's connection looks, at each call, whether its
 transaction is still there: after a rollback SQLite would begin to commit each statement by itself.
 
-The connection is new for each attempt: what a function does to it, or keeps of it, reaches no other.
+A connection is kept for the next attempt, whose statements it has prepared (a new one costs four ordinary commits),
+unless something of the last one is left in it.
 """
 
 from __future__ import annotations
@@ -37,18 +38,28 @@ OWN_END: Final = (
 
 
 class Guard:
-    """What a connection asks before each call: is its transaction still open?"""
+    """What a connection asks before each call: may its function still work with it?"""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.lock = threading.RLock()  # held while a statement runs: nobody rolls back meanwhile
-        self.open = False
-        self.gone: RolledBack | None = None
+        self.step: StepTransaction | None = None
+
+    @property
+    def open(self) -> bool:
+        return self.step is not None and self.step.open
 
     def check(self, db: Connection) -> None:
-        if not self.open or not db.in_transaction:
+        step = self.step
+        if step is not None and step.thread != threading.get_ident():
+            raise RuntimeError(
+                "The connection of a transaction step was used in another thread than that of the step's function. "
+                "It is open for that function only. Use it there, and do not keep it."
+            )
+        if step is None or not step.open or not db.in_transaction:
             # SQLite itself may have rolled back: a full disk, a trigger's RAISE(ROLLBACK).
-            raise self.gone or self.over("SQLite rolled it back by itself, or it had ended before")
+            gone = None if step is None else step.gone
+            raise gone or self.over("SQLite rolled it back by itself, or its function has returned")
 
     def over(self, why: str, seconds: float | None = None) -> RolledBack:
         return RolledBack(
@@ -57,6 +68,14 @@ class Guard:
             seconds=seconds,
             store=self.url,
         )
+
+    # Told by SQLite, when it compiles a statement and while it runs one.
+
+    def may(self, action: int, *facts: Any) -> int:
+        return sqlite3.SQLITE_DENY if action == TRANSACTION and self.open else sqlite3.SQLITE_OK
+
+    def goes_on(self) -> int:
+        return 0 if self.step is None or self.step.open or self.step.ending else 1
 
 
 class StepCursor(Cursor):
@@ -101,6 +120,14 @@ class StepConnection(Connection):
         with self._checked():
             return super().cursor(factory)
 
+    # Not inherited: these would make a cursor of another kind.
+
+    def execute(self, *args: Any) -> Any:
+        return self.cursor().execute(*args)
+
+    def executemany(self, *args: Any) -> Any:
+        return self.cursor().executemany(*args)
+
     def commit(self) -> None:
         raise RuntimeError(OWN_END.format("commit()"))
 
@@ -142,38 +169,38 @@ class _Checked:
 
 
 class StepTransaction:
-    """See `contract.OpenTransaction`. `held` closes the gate behind it."""
+    """See `contract.OpenTransaction`. `held` closes the gate behind it, `keep` takes the connection back."""
 
-    connection: StepConnection
-
-    def __init__(self, connection: StepConnection, turn: Turn, held: ExitStack, url: str) -> None:
-        self.connection = connection
-        self.until = time.monotonic() + LIMIT
+    def __init__(
+        self, connection: StepConnection, turn: Turn, held: ExitStack, keep: Callable[[StepConnection], None]
+    ) -> None:
+        self.connection: Final = connection
+        self.until: Final = time.monotonic() + LIMIT
+        self.thread: Final = threading.get_ident()
+        self.open = True  # its function may work
+        self.ending = False  # its record is being written
+        self.ended = False
+        self.gone: RolledBack | None = None
         self._turn = turn
         self._held = held
-        self._url = url
+        self._keep = keep
         self._guard = connection._guard
-        self._ended = False
-        self._thread = threading.get_ident()
-
-    @property
-    def gone(self) -> RolledBack | None:
-        return self._guard.gone
 
     def commit(self, events: Sequence[str]) -> None:
         guard = self._guard
         with guard.lock:
-            if self._ended or not self.connection.in_transaction:
+            if self.ended or not self.connection.in_transaction:
                 self._roll_back("SQLite rolled it back by itself")
-                raise guard.gone or guard.over("it has ended")
-            self._ended = True
-            guard.open = False
-            self.connection.set_progress_handler(None, 0)
+                raise self.gone or guard.over("its function has returned")
+            self.ended = self.ending = True
+            self.open = False
+            written = False
             try:
-                with ours(self._url):
+                with ours(guard.url):
                     self._record(events)
+                written = True
             finally:
-                self._leave()
+                self._leave(keep=written)
 
     def roll_back(self) -> None:
         self._roll_back("it was given up")
@@ -186,14 +213,14 @@ class StepTransaction:
         return False  # one writer at a time: there is nobody to be serialised with
 
     def _roll_back(self, why: str, *, seconds: float | None = None) -> None:
-        guard = self._guard
-        guard.open = False  # a statement that runs now is stopped, and lets go of the lock
-        with guard.lock:
-            if not self._ended:
-                self._ended = True
-                guard.gone = guard.over(why, seconds)
-                self._leave()
-            elif threading.get_ident() == self._thread:
+        self.open = False  # a statement that runs now is stopped, and lets go of the lock
+        with self._guard.lock:
+            if not self.ended:
+                self.ended = True
+                self.gone = self._guard.over(why, seconds)
+                self._leave(keep=True)
+            elif self._guard.step is self and threading.get_ident() == self.thread:
+                self._guard.step = None
                 Connection.close(self.connection)
 
     def _record(self, events: Sequence[str]) -> None:
@@ -203,9 +230,9 @@ class StepTransaction:
         written = db.execute(SQL["add_to_history"], (len(events), size, turn.run, turn.id, turn.first_seq - 1))
         if written.rowcount != 1:
             raise StoreError(
-                f"The row of the run was changed inside its own step, in {self._url}. Nothing of the step was kept. "
-                "Leave the tables that begin with perdure_ alone.",
-                store=self._url,
+                f"The row of the run was changed inside its own step, in {self._guard.url}. Nothing of the step was "
+                "kept. Leave the tables that begin with perdure_ alone.",
+                store=self._guard.url,
             )
         values: list[Any] = []
         for seq, event in enumerate(events, start=turn.first_seq):
@@ -213,21 +240,35 @@ class StepTransaction:
         insert_events.run(db, values)
         db.execute("COMMIT")
 
-    def _leave(self) -> None:
-        """Roll back what is not committed, and let the next writer in."""
+    def _leave(self, *, keep: bool) -> None:
+        """Roll back what is not committed, give the connection back or close it, and let the next writer in."""
         db = self.connection
         try:
             if db.in_transaction:
                 Plain(db).execute("ROLLBACK")
-            if threading.get_ident() != self._thread:
-                # The function may still use it: whatever it finds to write with, nothing is written.
+            if threading.get_ident() != self.thread:
+                # The function may still use it: whatever it finds to write with, nothing is written. It is closed
+                # when the function has returned.
                 Plain(db).execute("PRAGMA query_only = ON")
+                return
+            self._guard.step = None
+            if keep and _is_clean(db):
+                self._keep(db)
                 return
         except sqlite3.Error:
             pass  # closing it rolls back
         finally:
             self._held.close()
+        self._guard.step = None
         Connection.close(db)
+
+
+def _is_clean(db: StepConnection) -> bool:
+    """Whether the next function finds the connection as this one did."""
+    db.row_factory = None
+    db.text_factory = str
+    db.isolation_level = None
+    return Plain(db).execute("SELECT 1 FROM sqlite_temp_master LIMIT 1").fetchone() is None
 
 
 class Steps:
@@ -249,9 +290,11 @@ class Steps:
         self._gate = gate
         self._clock = clock
         self._turnstile = threading.Lock()
+        self._idle: StepConnection | None = None  # touched inside the gate only
         self._open: StepTransaction | None = None
         self._watch = threading.Lock()
         self._watched = False
+        self.over = False  # nothing is kept any more
 
     def begin(self, turn: Turn) -> StepTransaction | TurnVerdict:
         """Open one, fenced by this turn; or the verdict, if the fence does not hold or the turn is written."""
@@ -263,17 +306,39 @@ class Steps:
                 opened = self._fenced(turn, held)
             if isinstance(opened, StepTransaction):
                 self._open = opened
-                self._keep_watch()
+                if not self._watched:
+                    self._keep_watch()
             return opened
 
-    def forget(self) -> None:
-        """In a forked child: the parent's transactions and threads are not ours."""
+    @property
+    def in_use(self) -> bool:
+        """Whether there is a connection to be closed."""
+        return self._idle is not None or (self._open is not None and not self._open.ended)
+
+    def release(self) -> Connection | None:
+        """Let go of the connection that is kept; the caller keeps other threads from writing."""
+        idle, self._idle = self._idle, None
+        return idle
+
+    def close(self) -> None:
+        """Close the connection that is kept."""
+        idle = self.release()
+        if idle is not None:
+            Connection.close(idle)
+
+    def forget(self) -> Connection | None:
+        """In a forked child: the parent's transactions, threads and connection are not ours."""
         self._turnstile, self._watch = threading.Lock(), threading.Lock()
         self._open, self._watched = None, False
+        return self.release()
 
     def _fenced(self, turn: Turn, held: ExitStack) -> StepTransaction | TurnVerdict:
-        db = self._connect(StepConnection)
-        guard = db._guard = Guard(self._url)
+        db, self._idle = self._idle, None
+        if db is None:
+            db = self._connect(StepConnection)
+            guard = db._guard = Guard(self._url)
+            db.set_authorizer(guard.may)
+            db.set_progress_handler(guard.goes_on, 10_000)
         try:
             plain = Plain(db)
             plain.execute("BEGIN IMMEDIATE")
@@ -288,18 +353,23 @@ class Steps:
                         "Report it to us.",
                         store=self._url,
                     ) from None
-                Connection.close(db)
-                return verdict
             except Unfit as unfit:
-                Connection.close(db)
-                return Unstorable(run=turn.run, reason=str(unfit))
+                verdict = Unstorable(run=turn.run, reason=str(unfit))
+            else:
+                step = db._guard.step = StepTransaction(db, turn, held.pop_all(), self._take_back)
+                return step
+            plain.execute("ROLLBACK")
+            self._idle = db
+            return verdict
         except BaseException:
             Connection.close(db)
             raise
-        guard.open = True
-        db.set_authorizer(lambda action, *rest: sqlite3.SQLITE_DENY if guard.open and action == TRANSACTION else 0)
-        db.set_progress_handler(lambda: 0 if guard.open else 1, 10_000)
-        return StepTransaction(db, turn, held.pop_all(), self._url)
+
+    def _take_back(self, db: StepConnection) -> None:
+        if self.over:
+            Connection.close(db)
+        else:
+            self._idle = db
 
     def _keep_watch(self) -> None:
         with self._watch:
@@ -312,7 +382,7 @@ class Steps:
         while True:
             time.sleep(LOOK)
             there = self._open
-            if there is not None and not there._ended:
+            if there is not None and not there.ended:
                 idle = 0
                 if time.monotonic() >= there.until:
                     there.out_of_time()

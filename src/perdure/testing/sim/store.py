@@ -60,6 +60,7 @@ class SimStore:
 
     url = "memory://"
     durability = "D1"
+    transactions = False
 
     def __init__(self, world: World, process: Process) -> None:
         self.world = world
