@@ -24,12 +24,14 @@ UPDATE perdure.mail AS mail SET calls = false FROM called WHERE mail.run = calle
 -- name: claimable
 -- What a claim may take and nobody else is taking, most urgent first, oldest first among equals: for each queue and
 -- served name the head of its ready runs and of its timers that have come, so that a long line behind them costs
--- nothing. A sender's open transaction does not stand in the way of the lock.
+-- nothing. A sender's open transaction does not stand in the way of the lock. What was chosen is looked at again under
+-- its lock, found by its key and in no other way.
 SELECT run.key, run.strikes, run.history_bytes, (
     SELECT coalesce(sum(octet_length(mail.data)), 0)::int8 FROM perdure.mail AS mail
     WHERE mail.run = run.key AND mail.unread
 )
-FROM (
+FROM perdure.runs AS run
+WHERE run.key = ANY(ARRAY(
     SELECT offered.key
     FROM unnest($queues::text[]) AS queue (name)
     CROSS JOIN unnest($names::text[], $kinds::text[]) AS served (name, kind)
@@ -52,10 +54,8 @@ FROM (
     WHERE EXISTS (
         SELECT 1 FROM perdure.workers AS worker WHERE worker.incarnation = $incarnation::text AND worker.dead = 0
     )
-    ORDER BY offered.priority DESC, offered.key
-) AS offered
-JOIN perdure.runs AS run ON run.key = offered.key
-WHERE run.owner IS NULL AND run.due_at <= $now::int8
+))
+AND run.owner IS NOT DISTINCT FROM NULL AND coalesce(run.due_at, $now::int8 + 1) <= $now::int8
 ORDER BY run.priority DESC, run.key LIMIT $number::int8
 FOR NO KEY UPDATE OF run SKIP LOCKED;
 
@@ -96,7 +96,7 @@ CROSS JOIN unnest($names::text[], $kinds::text[]) AS served (name, kind);
 
 -- name: hand_back_struck
 -- Take runs from their dead owners: those that were running are ready again, with a strike. What somebody else has
--- locked, or is over the number, is left for the next time.
+-- locked, or is over the number, is left for the next time. (+ 0: found by their owners, not in the order of all keys.)
 UPDATE perdure.runs AS run SET
     owner = NULL,
     epoch = run.epoch + 1,
@@ -105,10 +105,9 @@ UPDATE perdure.runs AS run SET
                   WHEN run.status IN ('waiting', 'scheduled', 'blocked') THEN run.wake_at END,
     status = CASE WHEN run.status = 'running' THEN 'ready' ELSE run.status END
 WHERE run.key = ANY(ARRAY(
-    SELECT orphan.key
-    FROM perdure.workers AS worker JOIN perdure.runs AS orphan ON orphan.owner = worker.incarnation
-    WHERE worker.dead = 1
-    ORDER BY orphan.key LIMIT $number::int8
+    SELECT orphan.key FROM perdure.runs AS orphan
+    WHERE orphan.owner = ANY(ARRAY(SELECT worker.incarnation FROM perdure.workers AS worker WHERE worker.dead = 1))
+    ORDER BY orphan.key + 0 LIMIT $number::int8
     FOR NO KEY UPDATE OF orphan SKIP LOCKED
 ));
 
@@ -121,6 +120,6 @@ UPDATE perdure.runs AS run SET
     status = CASE WHEN run.status = 'running' THEN 'ready' ELSE run.status END
 WHERE run.key = ANY(ARRAY(
     SELECT owned.key FROM perdure.runs AS owned WHERE owned.owner = $incarnation::text
-    ORDER BY owned.key
+    ORDER BY owned.key + 0
     FOR NO KEY UPDATE OF owned
 ));

@@ -6,6 +6,7 @@ The driver's own pipeline would make an object for each statement and wait at it
 from __future__ import annotations
 
 import select
+import time
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -17,6 +18,8 @@ from perdure.stores.postgres.packing import OIDS
 
 _BINARY: Final = 1
 _GOOD: Final = frozenset({pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK})
+REPLANNED: Final = 30.0
+"""Seconds after which all statements are planned anew: a table may have grown far beyond what the plan was made for."""
 _WAIT: Final = 90.0
 """Seconds without an answer after which a connection is given up. The server's own timeouts come first."""
 
@@ -31,12 +34,21 @@ class Pipe:
         self.connection: Final = connection
         self._keeps = keeps_statements
         self._prepared: set[str] = set()
+        self._sent = 0
+        self._replan_at = 16
+        self._planned = time.monotonic()
         self._expected: list[bool] = []  # for each command that was sent: whether its answer is one of a call
 
     def send(self, first: Sequence[bytes], calls: Sequence[Call], last: Sequence[bytes] = ()) -> None:
         """Send commands and calls. An error means that nothing arrived, or that nobody knows."""
         connection = self.connection
         expected = self._expected = []
+        self._sent += 1
+        if self._prepared and (self._sent == self._replan_at or time.monotonic() - self._planned > REPLANNED):
+            # Soon at first: a plan that was made for an empty table walks along one of a thousand rows.
+            self._replan_at = max(self._replan_at, self._sent) * 4
+            self._planned = time.monotonic()
+            first = [*first, b"DISCARD PLANS"]
         connection.enter_pipeline_mode()
         for command in first:
             connection.send_query_params(command, None)

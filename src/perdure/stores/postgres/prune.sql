@@ -6,12 +6,12 @@ SELECT run.key, run.created_at,
     AND run.ended_at IS NOT NULL AND run.ended_at < $ended_before::int8
     AND run.status = ANY($statuses::text[])
     AND ($workflow::text IS NULL OR run.workflow = $workflow::text)
-    AND NOT EXISTS (
-        SELECT 1 FROM perdure.runs AS above
+    AND 0 = (
+        SELECT count(*) FROM perdure.runs AS above
         WHERE above.key = run.parent AND above.ended_at IS NULL AND run.parent_close = 'cancel'
     )
-    AND NOT EXISTS (
-        SELECT 1 FROM perdure.runs AS below WHERE below.parent = run.key AND below.ended_at IS NULL
+    AND 0 = (
+        SELECT count(*) FROM perdure.runs AS below WHERE below.parent = run.key AND below.ended_at IS NULL
     ),
     (SELECT coalesce(max(event.seq), 0) FROM perdure.history AS event WHERE event.run = run.key),
     (SELECT count(*) FROM perdure.mail AS mail WHERE mail.run = run.key)
@@ -31,7 +31,7 @@ DELETE FROM perdure.history WHERE run = $run::int8 AND seq > $after::int8;
 -- name: forget_messages
 -- Remove some messages of one run.
 DELETE FROM perdure.mail AS mail WHERE mail.run = $run::int8 AND mail.id = ANY(ARRAY(
-    SELECT some.id FROM perdure.mail AS some WHERE some.run = $run::int8 LIMIT $number::int8
+    SELECT one.id FROM perdure.mail AS one WHERE one.run = $run::int8 LIMIT $number::int8
 ));
 
 -- name: forget_histories

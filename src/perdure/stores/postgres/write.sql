@@ -41,7 +41,7 @@ FROM (
 -- the answer, and kept until the transaction ends: everything behind looks there.
 --
 -- IS NOT DISTINCT FROM keeps the planner from walking along all runs of an owner, IS TRUE from turning a list into a
--- join. -1 stands for null, which would cost more to pack. Bits of `flags`: 1 keeps strikes, 2 adds one, 4 heeds
+-- join, a count instead of an EXISTS from reading all unread mail that there is. -1 stands for null, which would cost more to pack. Bits of `flags`: 1 keeps strikes, 2 adds one, 4 heeds
 -- unread mail, 8 ends the run, 16 gives the owner up.
 WITH written AS (
     UPDATE perdure.runs AS run SET
@@ -83,8 +83,8 @@ WITH written AS (
         AND (turn.flags & 8 = 0 OR run.key IN (
             SELECT unnest(string_to_array(current_setting('perdure_batch.ending', true), ',')::int8[])
         ))
-        AND (turn.flags & 4 = 0 OR NOT EXISTS (
-            SELECT 1 FROM perdure.mail AS mail
+        AND (turn.flags & 4 = 0 OR 0 = (
+            SELECT count(*) FROM perdure.mail AS mail
             WHERE mail.run = turn.run AND mail.unread
                 AND ((mail.run, mail.id) IN (
                     SELECT * FROM unnest($consumed_run::int8[], $consumed_id::text[])
@@ -100,16 +100,17 @@ INSERT INTO perdure.history (run, seq, event)
 SELECT new.run, new.seq, new.event
 FROM unnest($run::int8[], $seq::int4[], $event::text[]) AS new (run, seq, event)
 WHERE (new.run IN (
-    SELECT unnest(string_to_array(current_setting('perdure_batch.committed'), ',')::int8[])
+    SELECT unnest(string_to_array(current_setting('perdure_batch.committed', true), ',')::int8[])
 )) IS TRUE;
 
 -- name: consume_mail
--- Empty messages that turns have taken into their histories.
+-- Empty messages that turns have taken into their histories. (IS NOT FALSE: to be found by their ids, also where a run
+-- has many that are unread.)
 UPDATE perdure.mail AS mail SET unread = false, calls = false, name = '', data = ''
 FROM unnest($run::int8[], $id::text[]) AS taken (run, id)
-WHERE mail.run = taken.run AND mail.id = taken.id AND mail.unread
+WHERE mail.run = taken.run AND mail.id = taken.id AND mail.unread IS NOT FALSE
     AND (taken.run IN (
-        SELECT unnest(string_to_array(current_setting('perdure_batch.committed'), ',')::int8[])
+        SELECT unnest(string_to_array(current_setting('perdure_batch.committed', true), ',')::int8[])
     )) IS TRUE;
 
 -- name: call_again
@@ -198,15 +199,15 @@ FROM unnest(
     $namespace::text[], $id::text[], $seed::text[], $parent::int8[], $step::text[], $scope::text[],
     $idempotency_key::text[]
 ) WITH ORDINALITY AS child (namespace, id, seed, parent, step, scope, idempotency_key, place)
-WHERE NOT EXISTS (
-    SELECT 1 FROM perdure.runs AS run
-    WHERE run.key IN (
+WHERE 0 = (
+    SELECT count(*) FROM perdure.runs AS run
+    WHERE run.key = ANY(ARRAY(
         SELECT same.key FROM perdure.runs AS same WHERE same.namespace = child.namespace AND same.id = child.id
         UNION ALL
         SELECT taken.run FROM perdure.idempotency AS taken
         WHERE taken.namespace = child.namespace AND taken.scope = child.scope AND taken.key = child.idempotency_key
             AND (taken.expires_at IS NULL OR taken.expires_at > $now::int8)
-    )
+    ))
     AND (run.seed = child.seed OR (run.parent = child.parent AND run.parent_step = child.step))
 );
 
@@ -244,9 +245,9 @@ WITH sent AS MATERIALIZED (
 ), placed AS MATERIALIZED (
     SELECT nextval('perdure.positions') AS position, ordered.*
     FROM (
-        SELECT sent.*, CASE WHEN $limited::bool THEN count(*) FILTER (WHERE $limited::bool AND NOT EXISTS (
+        SELECT sent.*, CASE WHEN $limited::bool THEN count(*) FILTER (WHERE $limited::bool AND 0 = (
             -- Those before it in this batch take room too, unless they were there already.
-            SELECT 1 FROM perdure.mail AS known WHERE known.run = sent.run AND known.id = sent.id
+            SELECT count(*) FROM perdure.mail AS known WHERE known.run = sent.run AND known.id = sent.id
         )) OVER (PARTITION BY sent.run ORDER BY sent.place ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) END AS before
         FROM sent WHERE sent.run IS NOT NULL
         ORDER BY sent.place
@@ -300,7 +301,7 @@ ORDER BY start.place, found.by_key DESC;
 -- What became of messages that were not kept: their run, its status if it has ended, whether the message is there, and
 -- how many are unread.
 SELECT sent.place, run.key, CASE WHEN run.ended_at IS NOT NULL THEN run.status END,
-    EXISTS (SELECT 1 FROM perdure.mail AS mail WHERE mail.run = run.key AND mail.id = sent.id),
+    (SELECT count(*) > 0 FROM perdure.mail AS mail WHERE mail.run = run.key AND mail.id = sent.id),
     (SELECT count(*) FROM perdure.mail AS mail WHERE mail.run = run.key AND mail.unread)
 FROM unnest(
     $to_run::int8[], $to_parent::int8[], $to_namespace::text[], $to_id::text[], $id::text[]

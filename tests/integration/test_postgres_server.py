@@ -1,0 +1,514 @@
+"""A PostgreSQL store and its server: who is refused, what is mended by itself, how many connections there are."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import psycopg
+import pytest
+
+from perdure.core.errors import (
+    NotAStore,
+    StoreCorrupt,
+    StoreError,
+    StoreLocked,
+    StoreReadOnly,
+    StoreTooNew,
+    StoreUnavailable,
+)
+from perdure.core.turn import Batch, Committed, Duplicate, Kept, Retention
+from perdure.stores.opening import open_store
+from perdure.stores.postgres import PostgresStore, migrations
+from perdure.stores.postgres.pipe import Pipe
+from perdure.testing.conformance.story import EVENT, NAMESPACE, announce, held, row, sending, started
+from perdure.testing.conformance.story import signal as message
+from tests import servers
+
+
+@pytest.fixture(scope="module")
+def database() -> servers.Database:
+    return servers.needed()
+
+
+@pytest.fixture
+def schema(database: servers.Database) -> Iterator[str]:
+    with servers.schema(database) as schema:
+        yield schema
+
+
+Open = Callable[..., PostgresStore]
+
+
+@pytest.fixture
+def opened(database: servers.Database, schema: str) -> Iterator[Open]:
+    stores: list[PostgresStore] = []
+
+    def opened(**settings: object) -> PostgresStore:
+        stores.append(PostgresStore(**{"url": database.url, "schema": schema, **settings}))  # type: ignore[arg-type]
+        return stores[-1]
+
+    yield opened
+    for store in stores:
+        store.close()
+
+
+def within(url: str, parameters: str) -> str:
+    return f"{url}{'&' if '?' in url else '?'}{parameters}"
+
+
+def refusal(error: type[StoreError], **settings: object) -> str:
+    with pytest.raises(error) as caught:
+        PostgresStore(**settings)  # type: ignore[arg-type]  # as a test likes
+    return str(caught.value)
+
+
+# --- migrations
+
+
+def test_of_many_that_start_at_once_one_migrates(opened: Open, database: servers.Database, schema: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        stores = list(pool.map(lambda _: opened(), range(8)))
+    started(stores[0])
+    assert {store.counts(NAMESPACE)["ready"] for store in stores} == {1}
+    with psycopg.connect(database.url) as db:
+        assert migrations.applied(db, schema) is not None
+
+
+def test_check_makes_nothing_and_names_the_remedy(database: servers.Database, schema: str) -> None:
+    asked = {"url": database.url, "schema": schema, "migrate": "check"}
+    assert "perdure db upgrade" in refusal(NotAStore, **asked)
+    with psycopg.connect(database.url) as db:
+        assert migrations.applied(db, schema) is None
+    PostgresStore(database.url, schema=schema).close()
+    PostgresStore(**asked).close()  # type: ignore[arg-type]
+
+
+def test_a_later_version_beside_this_one_says_whether_it_can_be_read(
+    opened: Open, database: servers.Database, schema: str
+) -> None:
+    store = opened()
+    with psycopg.connect(database.url, autocommit=True) as db:
+        db.execute(f"INSERT INTO {schema}.migrations VALUES (99, '0099_later.sql', 'x', 1, 0)".encode())
+        opened()
+        started(store)
+        db.execute(f"UPDATE {schema}.migrations SET readable_by = 99 WHERE number = 99".encode())
+        assert "0099_later.sql" in refusal(StoreTooNew, url=database.url, schema=schema)
+        db.execute(f"DELETE FROM {schema}.migrations WHERE number = 99".encode())
+        db.execute(f"UPDATE {schema}.migrations SET checksum = 'x'".encode())
+        assert "0001_runs.sql" in refusal(StoreCorrupt, url=database.url, schema=schema)
+
+
+def test_schemas_stand_side_by_side(opened: Open, database: servers.Database) -> None:
+    first = opened()
+    with servers.schema(database) as other:
+        second = opened(schema=other)
+        started(first)
+        assert (dict(first.counts(NAMESPACE)), dict(second.counts(NAMESPACE))) == ({"ready": 1}, {})
+        second.close()
+
+
+def test_a_schema_whose_name_is_a_word_of_sql_is_none_the_less_one(database: servers.Database) -> None:
+    store = PostgresStore(database.url, schema="order")
+    started(store)
+    store.close()
+    with psycopg.connect(database.url, autocommit=True) as db:
+        db.execute('DROP SCHEMA "order" CASCADE')
+
+
+def test_a_role_without_the_right_to_make_tables_is_enough(
+    opened: Open, database: servers.Database, schema: str
+) -> None:
+    opened()
+    with psycopg.connect(database.url, autocommit=True) as db:
+        db.execute(
+            f"CREATE ROLE worker_{schema} LOGIN; GRANT USAGE ON SCHEMA {schema} TO worker_{schema};"
+            f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO worker_{schema};"
+            f"GRANT USAGE ON ALL SEQUENCES IN SCHEMA {schema} TO worker_{schema}".encode()
+        )
+        try:
+            url = database.url.replace("//postgres@", f"//worker_{schema}@")
+            for migrate in ("check", "auto"):
+                store = opened(url=url, migrate=migrate)
+                holder = held(store, migrate, migrate)
+                turn = holder.turn()
+                step = store.transaction(turn)
+                step.commit([EVENT])  # type: ignore[union-attr]  # its fence holds
+                holder.follows(turn)
+                holder.events += 1
+                holder.ends()
+                store.prune(Retention(namespace=NAMESPACE, ended_before=store.now() + 1))
+                store.close()
+            db.execute(f"REVOKE INSERT ON {schema}.runs FROM worker_{schema}".encode())
+            with pytest.raises(NotAStore, match="Grant it"):
+                started(opened(url=url), "refused")
+        finally:
+            db.execute(f"DROP OWNED BY worker_{schema}; DROP ROLE worker_{schema}".encode())
+
+
+# --- who is refused
+
+
+def test_what_can_only_be_read_is_no_store(database: servers.Database, schema: str) -> None:
+    url = within(database.url, "options=-cdefault_transaction_read_only%3Don")
+    assert "can only be read" in refusal(StoreReadOnly, url=url, schema=schema)
+
+
+def test_a_standby_is_no_store(schema: str) -> None:
+    if not servers.installations():
+        pytest.skip("no server of our own")
+    with servers.PostgresServer() as server:
+        PostgresStore(server.url).close()
+        server.stop()
+        signal_file = server._data / "standby.signal"
+        signal_file.touch()
+        if os.geteuid() == 0:
+            signal_file.chmod(0o666)
+        server.start()
+        assert "standby" in refusal(StoreReadOnly, url=server.url)
+
+
+def test_a_database_that_is_not_there_is_no_store(database: servers.Database) -> None:
+    url = database.url.replace("/postgres?", "/nobody?") if "?" in database.url else f"{database.url}_nobody"
+    assert "nobody" in refusal(StoreUnavailable, url=url)
+
+
+def test_nobody_there_is_retryable_and_says_where() -> None:
+    with pytest.raises(StoreUnavailable) as caught:
+        PostgresStore("postgresql://me:secret@127.0.0.1:1/orders")
+    assert caught.value.retryable
+    assert "127.0.0.1:1" in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, psycopg.OperationalError)
+
+
+def test_a_store_whose_tables_are_gone_says_so(opened: Open, database: servers.Database, schema: str) -> None:
+    store = opened()
+    with psycopg.connect(database.url, autocommit=True) as db:
+        db.execute(f"DROP SCHEMA {schema} CASCADE".encode())
+    with pytest.raises(NotAStore, match="perdure db upgrade"):
+        started(store)
+
+
+def test_somebody_elses_lock_is_waited_for_and_then_named(
+    opened: Open, database: servers.Database, schema: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from perdure.stores.postgres import connections
+
+    monkeypatch.setattr(connections, "SETTINGS", {**connections.SETTINGS, "lock_timeout": "100ms"})
+    store = opened()
+    with psycopg.connect(database.url) as db:
+        db.execute(f"LOCK TABLE {schema}.runs IN EXCLUSIVE MODE".encode())
+        with pytest.raises(StoreLocked) as caught:
+            started(store)
+        assert caught.value.retryable
+    started(store)
+
+
+# --- URLs, passwords, connections
+
+
+def test_the_url_names_everything_but_secrets(database: servers.Database, schema: str) -> None:
+    store = open_store(within(database.url, f"password=hunter2&schema={schema}&hints=false"))
+    try:
+        assert "hunter2" not in store.url
+        assert f"schema={schema}" in store.url
+        again = open_store(store.url)
+        started(again)
+        assert dict(store.counts(NAMESPACE)) == {"ready": 1}
+        again.close()
+    finally:
+        store.close()
+
+
+def test_a_password_that_changes_is_asked_for_at_every_connect(opened: Open) -> None:
+    asked = []
+
+    def password() -> str:
+        asked.append(len(asked))
+        return f"secret-{len(asked)}"
+
+    store = opened(password=password)
+    before = len(asked)
+    store._writer.drop()
+    started(store)
+    assert len(asked) == before + 1
+
+
+def test_a_process_has_at_most_five_connections_and_says_its_name(
+    opened: Open, database: servers.Database, schema: str
+) -> None:
+    store = opened(url=within(database.url, f"application_name={schema}"))
+    holder = held(store)
+    with ThreadPoolExecutor(16) as pool:
+        for done in [pool.submit(store.history, holder.run) for _ in range(64)]:
+            done.result(20)
+        pool.submit(store.heartbeat, "worker").result(20)
+        pool.submit(store.wait, "worker", ["default"], 0.1).result(20)
+    holder.commits(events=[EVENT])
+    assert connected(database, schema) <= 5
+    store.close()
+    until = time.monotonic() + 10
+    while connected(database, schema):
+        assert time.monotonic() < until, "connections were left behind"
+        time.sleep(0.02)
+
+
+def connected(database: servers.Database, name: str) -> int:
+    with psycopg.connect(database.url) as db:
+        asked = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE %s"
+        return int(db.execute(asked, [f"%{name}%"]).fetchone()[0])  # type: ignore[index]  # a count has a row
+
+
+# --- what is mended by itself
+
+
+def test_a_server_that_was_killed_is_reached_again() -> None:
+    if not servers.installations():
+        pytest.skip("no server of our own to kill")
+    with servers.PostgresServer() as server:
+        store = PostgresStore(server.url)
+        holder = held(store)
+        holder.commits(events=[EVENT])
+        server.kill()
+        with pytest.raises(StoreUnavailable):
+            store.write(Batch(turns=[holder.turn()]))
+        with pytest.raises(StoreUnavailable):
+            store.history(holder.run)
+        with pytest.raises(StoreUnavailable):
+            store.heartbeat("worker")
+        server.start()
+        holder.commits(events=[EVENT])
+        assert len(store.history(holder.run)) == 3
+        assert store.heartbeat("worker") is not None
+        step = store.transaction(holder.turn())
+        step.commit([EVENT])  # type: ignore[union-attr]  # its fence holds
+        store.close()
+
+
+def test_a_connection_that_was_cut_is_made_anew_and_nobody_notices(
+    opened: Open, database: servers.Database, schema: str
+) -> None:
+    store = opened(url=within(database.url, f"application_name={schema}"))
+    holder = held(store)
+    cut(database, schema)
+    holder.commits(events=[EVENT])
+    assert store.history(holder.run)[1:] == [EVENT]
+    assert store.heartbeat("worker") is not None
+
+
+def cut(database: servers.Database, name: str) -> None:
+    with psycopg.connect(database.url, autocommit=True) as db:
+        asked = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE %s"
+        db.execute(asked, [f"%{name}%"])
+
+
+def test_what_was_committed_before_the_answer_was_lost_is_written_once(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from perdure.testing.conformance.story import start
+
+    store = opened()
+    holder = held(store)
+    receiver = started(store, "receiver")
+    lost = []
+    collect = Pipe.collect
+
+    def answers(pipe: Pipe) -> object:
+        found = collect(pipe)
+        if not lost:
+            lost.append(found)
+            raise psycopg.OperationalError("the answer was lost")
+        return found
+
+    monkeypatch.setattr(Pipe, "collect", answers)
+    turn = holder.turn(events=[EVENT], starts=[start("child")], sends=[message(receiver, "of the turn")])
+    begun, sent, committed = store.write(Batch(starts=[start("new")], sends=[message(receiver, "sent")], turns=[turn]))
+    assert lost
+    assert (begun.run, begun.version) == (store.run(NAMESPACE, "new").key, 0)  # type: ignore[union-attr]
+    assert isinstance(sent, (Kept, Duplicate))
+    assert committed == Committed(run=holder.run)
+    assert len(store.history(holder.run)) == 2
+    assert sorted(mail.id for mail in store.mailbox(receiver)) == ["of the turn", "sent"]
+
+
+def test_a_database_that_was_set_back_fences_its_workers(opened: Open, database: servers.Database, schema: str) -> None:
+    store = opened()
+    holder = held(store)
+    holder.commits(events=[EVENT])
+    before = row(store, holder.run)
+    holder.commits(events=[EVENT])
+    with psycopg.connect(database.url, autocommit=True) as db:
+        # The row and the history as a backup had them.
+        db.execute(
+            f"UPDATE {schema}.runs SET version = %s, turn = %s, history_events = 2 WHERE key = %s".encode(),
+            [before.version, before.turn, holder.run],
+        )
+        db.execute(f"DELETE FROM {schema}.history WHERE run = %s AND seq > 2".encode(), [holder.run])
+    assert not isinstance(holder.writes(holder.turn(events=[EVENT])), Committed)
+    assert len(store.history(holder.run)) == 2
+
+
+# --- who has died
+
+
+WORKER = """
+import sys, time
+from perdure.stores.postgres import PostgresStore
+from perdure.testing.conformance.story import announce, started
+store = PostgresStore(sys.argv[1], schema=sys.argv[2], hints=sys.argv[3] == "hints")
+announce(store, "victim")
+started(store, owner="victim")
+while store._hints and store._backend() == 0:
+    time.sleep(0.01)
+store.heartbeat("victim")
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def victim(database: servers.Database, schema: str, hints: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORKER, database.url, schema, hints], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_killed_worker_is_missed_within_a_second(opened: Open, database: servers.Database, schema: str) -> None:
+    store = opened()
+    with victim(database, schema, "hints") as process:
+        time.sleep(0.8)
+        assert store.reap().runs == 0
+        assert store.rounds < 0.5, "somebody is at work: looked after often"
+        process.send_signal(signal.SIGKILL)
+        died = time.monotonic()
+        while store.reap().runs == 0:
+            assert time.monotonic() - died < 5, "it was not missed"
+            time.sleep(store.rounds)
+    assert time.monotonic() - died < 2.0
+
+
+def test_without_hints_only_the_lease_tells(opened: Open, database: servers.Database, schema: str) -> None:
+    store = opened(hints=False)
+    with victim(database, schema, "none") as process:
+        process.kill()
+        process.wait()
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            assert store.reap().workers == 0
+            time.sleep(0.1)
+
+
+def test_a_worker_whose_connections_were_cut_is_not_taken_for_dead(
+    opened: Open, database: servers.Database, schema: str
+) -> None:
+    store = opened()
+    living = opened(url=within(database.url, f"application_name={schema}"))
+    holder = held(living)
+    until = time.monotonic() + 10
+    while living._backend() == 0:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    living.heartbeat("worker")
+    for _ in range(3):
+        cut(database, schema)
+        watched = time.monotonic() + 1.2
+        while time.monotonic() < watched:
+            assert store.reap().workers == 0
+            time.sleep(0.05)
+    assert holder.writes(holder.turn()) == Committed(run=holder.run)
+
+
+# --- idle
+
+
+def test_an_idle_worker_asks_less_than_twice_a_second(database: servers.Database) -> None:
+    """Counted by the server: everything that a worker with nothing to do asks in ten seconds."""
+    if not servers.installations():
+        pytest.skip("no server of our own")
+    import asyncio
+
+    from perdure import Engine, workflow
+
+    @workflow
+    async def nothing(ctx: object) -> None:
+        return None
+
+    async def idle() -> float:
+        with servers.PostgresServer(settings={"log_statement": "all", "log_destination": "stderr"}) as server:
+            async with Engine(server.url, workflows=[nothing]):
+                await asyncio.sleep(3)
+                before = asked(server)
+                await asyncio.sleep(10)
+                return (asked(server) - before) / 10
+
+    def asked(server: servers.PostgresServer) -> int:
+        text = (server.folder / "log").read_text(errors="replace")
+        return text.count("LOG:  statement:") + text.count("LOG:  execute ")
+
+    assert asyncio.run(idle()) < 2
+
+
+def test_texts_come_back_as_they_were(opened: Open) -> None:
+    store = opened()
+    for n, text in enumerate(
+        ('"\\u0000"', '"日本語 🎉 \u2028 \x1e \x7f"', '"' + "ü" * 300_000 + '"', '"\\\\ % %s $1 {}"')
+    ):
+        holder = held(store, f"run-{n}", input=f"[[{text}],{{}}]")
+        holder.commits(events=[text], waits=text)
+        sending(store, holder.run, data=text)
+        assert store.history(holder.run)[1] == text
+        assert (holder.row.waits, holder.row.input) == (text, f"[[{text}],{{}}]")
+        assert store.mailbox(holder.run)[0].data == text
+
+
+def test_raw_nul_is_unstorable_and_harms_only_itself(opened: Open) -> None:
+    store = opened()
+    bad, good = held(store, "bad"), held(store, "good")
+    verdicts = store.write(Batch(turns=[bad.turn(events=['"\0"']), good.turn(events=[EVENT])]))
+    assert [type(verdict).__name__ for verdict in verdicts] == ["Unstorable", "Committed"]
+    assert len(store.history(bad.run)) == 1
+
+
+def test_a_forked_child_makes_connections_of_its_own(opened: Open) -> None:
+    store = opened()
+    holder = held(store)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writing, str(len(store.history(holder.run))).encode())
+            started(store, "of the child")
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reading, 10) == b"1"
+    os.close(reading)
+    os.close(writing)
+    holder.commits(events=[EVENT])
+    assert store.run(NAMESPACE, "of the child") is not None
+
+
+def test_two_threads_may_write(opened: Open) -> None:
+    store = opened()
+    announce(store)
+    holders = [held(store, f"run-{n}") for n in range(4)]
+
+    def commits(n: int) -> None:
+        for _ in range(25):
+            holders[n].commits(events=[EVENT])
+
+    threads = [threading.Thread(target=commits, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert [len(store.history(holder.run)) for holder in holders] == [26] * 4
