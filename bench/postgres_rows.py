@@ -176,7 +176,7 @@ def transaction(scale: Scale, postgres: Postgres) -> list[Line]:
     rounds = []
     for _ in range(scale.rounds):
         with postgres.fresh() as store:
-            rounds.append(ours("transactions", store=store, steps=int(100 * scale.seconds)))
+            rounds.append(ours("transactions", store=store, runs=max(3, int(10 * scale.seconds))))
     step, empty, insert = (median(each[kind] for each in rounds) for kind in ("step", "empty", "insert"))
     return [
         Line(
