@@ -18,7 +18,7 @@ LOCK   = UV_PYTHON_DOWNLOADS=never UV_SYSTEM_CERTS=1 .tools/bin/uv pip compile -
 
 # `make test` checks before it tests, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help demo test check pytest test-pythons sim bench format coverage lock setup clean
+.PHONY: help demo test check pytest test-pythons sim chaos bench format coverage lock setup clean
 
 help: ## what you can ask for (this list)
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
@@ -49,6 +49,10 @@ test-pythons: $(READY) ## the tests on every Python from 3.10 to 3.14 that is fo
 
 sim: $(READY) ## 5,000 simulated universes, or UNIVERSES=, from SEED= on
 	$(PY) -W ignore -m perdure sim --seed $(or $(SEED),0) --universes $(or $(UNIVERSES),5000)
+
+chaos: $(READY) ## real faults on every store found, 15 minutes; LONG=1, ONLY=name, STORE=, SEED= choose
+	$(PY) -m chaos.run $(if $(LONG),--long) $(addprefix --only ,$(ONLY)) $(if $(STORE),--store $(STORE)) \
+		$(if $(SEED),--seed $(SEED)) $(ARGS)
 
 bench: $(READY) $(PEERS) ## this engine beside its floors and its peers; ROW=name for one row
 	$(PY) bench/run.py $(if $(ROW),--row $(ROW))

@@ -1,4 +1,4 @@
-"""Exactly once, in the store's own database: a step whose effect and record are one commit, and a start with an order."""
+"""Exactly once, in the store's own database: a step whose effect and record are one commit, a start with its order."""
 
 import sqlite3
 from contextlib import closing

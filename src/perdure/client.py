@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -39,7 +38,7 @@ from perdure.core.errors import (
 )
 from perdure.core.failure import RecordedError
 from perdure.core.ids import sortable_id
-from perdure.core.limits import Limits, check_id, check_message_id, check_name
+from perdure.core.limits import Limits, check_id, check_message_id, check_name, limits_of
 from perdure.core.retry import duration, instant, micros
 from perdure.core.signature import Parameter, Signature
 from perdure.core.status import ENDED, Status
@@ -65,9 +64,10 @@ from perdure.core.turn import (
     Verdict,
 )
 from perdure.info import Event, RunInfo, RunPage, events_of, info_of
+from perdure.runtime import entropy
 from perdure.runtime.registry import Registry, Workflow
 from perdure.stores.contract import Store
-from perdure.stores.opening import open_store
+from perdure.stores.opening import check_store, open_store
 from perdure.worker.committer import Committer, CommitterThread
 from perdure.worker.ending import end_without_code
 from perdure.worker.remote_end import CANCEL
@@ -117,6 +117,25 @@ class Ending:
     error: str | None
 
 
+class _Starting:
+    """A start on its way into the store. shift: of the worker that owns the run from its start, if it is this one."""
+
+    __slots__ = ("event", "future", "shift", "start")
+
+    def __init__(self, shift: Shift | None, start: Start, event: ev.Started, future: asyncio.Future[Any]) -> None:
+        self.shift = shift
+        self.start = start
+        self.event = event
+        self.future = future
+
+    def answered(self, verdict: Any) -> None:
+        """The verdict, or what went wrong: the run begins before its starter goes on."""
+        if not self.future.done():
+            self.future.set_result(verdict)
+        if self.shift is not None and isinstance(verdict, Begun):
+            self.shift.begun(self.start, self.event, verdict.run, id=verdict.id, version=verdict.version, at=verdict.at)
+
+
 class CallersTransaction(Protocol):
     """A transaction that the caller of the sync face has open, in a thread of its own."""
 
@@ -132,7 +151,7 @@ class Core:
     """What a client and all its option views share."""
 
     def __init__(self, store: str | Store | None, namespace: str, limits: Limits) -> None:
-        self.given = store
+        self.given = check_store(store)
         self.namespace = check_name(namespace, "namespace=")
         self.limits = limits
         self.store: Store = None  # type: ignore[assignment]  # opened at first use
@@ -204,6 +223,10 @@ class Core:
 
     def _answer(self, answers: list[tuple[Callable[[Any], None], Any]], mail: Sequence[Mail]) -> None:
         assert self.loop is not None
+        if _get_running_loop() is self.loop:
+            # The loop itself has written it.
+            self._answered(answers)
+            return
         try:
             self.loop.call_soon_threadsafe(self._answered, answers)
         except RuntimeError:
@@ -276,6 +299,18 @@ class Core:
         add(self.committer, answer)
         self.kick()
         verdict = await future
+        if isinstance(verdict, PerdureError):
+            raise verdict
+        return verdict
+
+    async def started(self, start: Start, event: ev.Started) -> Any:
+        """Write a start with the next batch and wait for its verdict; what this process owns begins at once."""
+        assert self.loop is not None
+        assert self.committer is not None
+        starting = _Starting(self.shift if start.owner is not None else None, start, event, self.loop.create_future())
+        self.committer.start(start, starting.answered)
+        self.kick()
+        verdict = await starting.future
         if isinstance(verdict, PerdureError):
             raise verdict
         return verdict
@@ -369,7 +404,7 @@ class Client:
         codec: Any = None,
     ) -> None:
         _no_codec(codec)
-        self._core = Core(store, namespace, limits if limits is not None else Limits())
+        self._core = Core(store, namespace, limits_of(limits))
         self._options = StartOptions()
 
     async def __aenter__(self: C) -> C:
@@ -455,7 +490,13 @@ class Client:
         core = self._core
         if not core.ready:
             await core.open()
-        target, name, input, queue, timeout = await self._prepared(workflow, args, kwargs)
+        target = core.registry.workflows.get(workflow.name) if isinstance(workflow, Workflow) else None
+        if target is not None and target is workflow:
+            # Served here: nothing to look up.
+            name, queue, timeout = target.name, target.queue, target.timeout
+            input = target.signature.encode(args, kwargs, limits=core.limits)
+        else:
+            target, name, input, queue, timeout = await self._prepared(workflow, args, kwargs)
         options = self._options
         store = core.store
         now = store.now()
@@ -469,7 +510,8 @@ class Client:
         if options.timeout is not None:
             timeout = options.timeout
         begins = start_at if start_at is not None else now
-        seed = secrets.token_hex(16)
+        drawn = entropy.drawn(26)
+        seed = drawn[:16].hex()
         queue = options.queue if options.queue is not None else queue
         shift = core.shift
         owner: str | None = None
@@ -485,15 +527,16 @@ class Client:
         ):
             owner = shift.incarnation
         text = input.decode()
+        started = ev.Started(at=begins, seed=seed)
         key = options.idempotency_key
         start = Start(
             namespace=core.namespace,
-            id=options.id if options.id is not None else sortable_id(now, secrets.randbits(80)),
+            id=options.id if options.id is not None else sortable_id(now, int.from_bytes(drawn[16:], "big")),
             workflow=name,
             input=text,
             digest=codec.digest128(input),
             seed=seed,
-            event=stored.encode(ev.Started(at=begins, seed=seed)),
+            event=stored.encode(started),
             queue=queue,
             start_at=start_at,
             deadline_at=None if timeout is None else begins + micros(timeout),
@@ -508,7 +551,7 @@ class Client:
         if callers is not None:
             [verdict] = await callers.write(store, Batch(starts=[start]))
         else:
-            verdict = await core.write(lambda committer, answer: committer.start(start, self._owning(start, answer)))
+            verdict = await core.started(start, started)
         if isinstance(verdict, (Begun, Existing)):
             return RunHandle(core, verdict.id, returns, key=verdict.run)
         if isinstance(verdict, Taken):
@@ -517,19 +560,6 @@ class Client:
         there = await core.read(lambda: store.run(core.namespace, verdict.id))
         differs = "workflow" if there is not None and there.workflow != name else "input"
         raise IdempotencyConflict(verdict.key or verdict.id, run_id=verdict.id, differs=differs)
-
-    def _owning(self, start: Start, answer: Callable[[Any], None]) -> Callable[[Any], None]:
-        """The answer to a start: what this process owns begins at once, before the caller goes on."""
-        if start.owner is None:
-            return answer
-
-        def answered(verdict: Any) -> None:
-            answer(verdict)
-            shift = self._core.shift
-            if isinstance(verdict, Begun) and shift is not None:
-                shift.begun(start, verdict.run, id=verdict.id, version=verdict.version, at=verdict.at)
-
-        return answered
 
     async def _prepared(
         self, workflow: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -693,13 +723,11 @@ class RunHandle(Generic[R]):
 
         def look() -> str:
             store = core.store
-            announced = store.announced(core.namespace)
             around = why_.Surroundings(
-                served=frozenset(each.name for each in announced if each.live),
-                announced=frozenset(each.name for each in announced),
+                taken=why_.taken_from(store.announced(core.namespace)),
                 worker=None if row.owner is None else store.worker(row.owner),
                 mail=store.mailbox(row.key),
-                children={child.id: child.status for child in store.children(row.key)},
+                children={child.id: child for child in store.children(row.key)},
             )
             return why_.why(row, store.now(), around)
 
@@ -718,7 +746,7 @@ class RunHandle(Generic[R]):
         own = type(value) if hasattr(type(value), "__annotations__") else Any
         data = codec.encode(value, annotation=own, what=what, limits=self._core.limits)
         if message_id is None:
-            message_id = secrets.token_hex(12)
+            message_id = entropy.drawn(12).hex()
         else:
             check_message_id(message_id)
         await self._send(
@@ -775,7 +803,7 @@ class RunHandle(Generic[R]):
                     row,
                     "terminated",
                     reason=reason,
-                    turn_id=f"{secrets.token_hex(16)}-1",
+                    turn_id=f"{entropy.drawn(16).hex()}-1",
                 )
             )
             verdict = await core.write(functools.partial(_add_turn, turn))

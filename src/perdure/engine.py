@@ -4,39 +4,59 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar, Final
 
 from perdure.client import Client, Core, _no_codec
+from perdure.core.errors import StoreError
 from perdure.core.limits import Limits, check_name
 from perdure.core.retry import duration
-from perdure.runtime.registry import Activity, Registry, Workflow
+from perdure.runtime.registry import Activity, Registry, Workflow, several
 from perdure.stores.contract import Store
+from perdure.stores.opening import DEFAULT, VARIABLE
 from perdure.worker.claiming import Housekeeper, Serving, Watcher
 from perdure.worker.committer import CommitterThread
 from perdure.worker.shift import Settings, Shift
+from perdure.worker.suspects import Suspects, Unimportable, instructions
 from perdure.worker.watchdog import Watchdog
 
 log = logging.getLogger("perdure.worker")
 
+LOOK_FOR_SUSPECTS: Final = 0.25
+"""Seconds between two looks whether a run that killed two workers waits."""
 GRACE = 30.0
 """Seconds that steps in flight get to end when a worker stops."""
 
 
 class _Serves(Core):
-    """A core with a shift: what it starts and is asked for, it also executes."""
+    """A core with a shift: what it starts and is asked for, it also executes.
+
+    told: what a child process needs to serve the same, if there shall be one for runs that killed two workers.
+    importing: whether modules are being imported for what they serve, and nothing may begin to serve.
+    """
+
+    importing: ClassVar[bool] = False
 
     def __init__(self, store: str | Store | None, registry: Registry, settings: Settings) -> None:
         super().__init__(store, settings.namespace, settings.limits)
         self.registry = registry
         self.settings = settings
+        self.make_shift: Callable[..., Shift] = Shift
+        self.told: dict[str, Any] | Unimportable | None = None
+        self._suspects: Suspects | None = None
         self._threads: list[Serving] = []
         self._watchdog: Watchdog | None = None
 
     async def serve(self) -> None:
+        if _Serves.importing:
+            raise RuntimeError(
+                "A module that is imported for what it serves begins to serve by itself. A process that is given to "
+                'one run would take others too. Put what starts the worker under `if __name__ == "__main__":`.'
+            )
         assert self.loop is not None
         assert self.shift is not None
         shift = self.shift
@@ -52,12 +72,15 @@ class _Serves(Core):
             Serving("perdure-watcher", watcher.step),
             Serving("perdure-housekeeper", keeper.step, pause=min(self.settings.lease / 3, 0.5)),
         ]
+        if self.told is not None:
+            self._suspects = Suspects(self.store, shift, self.told)
+            self._threads.append(Serving("perdure-suspects", self._suspects.step, pause=LOOK_FOR_SUSPECTS))
         served = ", ".join(self.registry.workflows) or "no workflow"
         log.info("worker %s serves %s on %s (%s)", shift.incarnation[:8], served, self.store.url, self.store.durability)
 
     def begin(self) -> None:
         assert self.loop is not None
-        self.shift = Shift(
+        self.shift = self.make_shift(
             self.store,
             self.registry,
             self.settings,
@@ -74,8 +97,11 @@ class _Serves(Core):
         if shift is None:
             return True
         shift.drain()
+        suspects = self._suspects
         deadline = time.monotonic() + grace
-        while not shift.idle:
+        while not shift.idle or (suspects is not None and not suspects.drained):
+            if suspects is not None:
+                suspects.ask_to_stop()
             if time.monotonic() >= deadline:
                 return False
             await asyncio.sleep(0.005)
@@ -100,8 +126,15 @@ class _Serves(Core):
         self.store.wake()
         for thread in self._threads:
             await self.loop.run_in_executor(self.readers, thread.join, 5.0)
+        if self._suspects is not None:
+            await self.loop.run_in_executor(self.readers, self._suspects.close)
         # After the last turn: what is still ours goes back to others at once.
-        await self.loop.run_in_executor(self.readers, self.store.retire, shift.incarnation)
+        try:
+            await self.loop.run_in_executor(self.readers, self.store.retire, shift.incarnation)
+        except StoreError as error:
+            log.warning(
+                "the runs of this worker could not be given back; others take them when its lease ends: %s", error
+            )
         await super().close()
 
 
@@ -158,23 +191,25 @@ def _serving(
     limits: Limits | None,
     name: str | None,
 ) -> _Serves:
-    if isinstance(queues, str):
-        raise TypeError(f"queues={queues!r} is a text. It would be read letter by letter. Pass a list: [{queues!r}].")
     for what, value, least in (("concurrency", concurrency, 1), ("threads", threads, 1), ("resident", resident, 0)):
-        if value < least:
-            raise ValueError(f"{what}={value!r} is not a number of at least {least}.")
+        whole: Any = value  # Callers are not all type-checked.
+        if not isinstance(whole, int) or isinstance(whole, bool) or whole < least:
+            raise ValueError(
+                f"{what}={value!r} is not a whole number of at least {least}. It says how many of them there may be. "
+                "Leave it out for the default, or give a number."
+            )
     return _Serves(
         store,
         Registry(workflows, activities),
         Settings(
             namespace=namespace,
-            queues=[check_name(queue, "queues=") for queue in queues],
+            queues=[check_name(queue, "queues=") for queue in several(queues, "queues=")],
             concurrency=concurrency,
             threads=threads,
             resident=resident,
             lease=duration(lease, "lease=", zero=False).total_seconds(),
             limits=limits,
-            name=name,
+            name=None if name is None else check_name(name, "name="),
         ),
     )
 
@@ -199,9 +234,11 @@ class Worker:
         name: str | None = None,
     ) -> None:
         _no_codec(codec)
+        self._given = store, several(workflows, "workflows="), several(activities, "activities=")
         self._core = _serving(
-            store, workflows, activities, namespace, queues, concurrency, threads, resident, lease, limits, name
+            store, *self._given[1:], namespace, queues, concurrency, threads, resident, lease, limits, name
         )
+        self._core.settings.suspects = "apart"
         self._stopping: asyncio.Event | None = None
         self._stopped = False
         self._grace = GRACE
@@ -212,6 +249,8 @@ class Worker:
         self._stopping = asyncio.Event()
         if self._stopped:
             self._stopping.set()
+        if self._core.settings.suspects == "apart":
+            self._core.told = self._instructions()
         await self._core.open()
         loop = asyncio.get_running_loop()
         installed = []
@@ -237,6 +276,18 @@ class Worker:
     async def stop(self, grace: float = GRACE) -> None:
         """End `run()`: steps in flight get `grace` seconds, then the runs go back to others. Twice is once."""
         self._grace = duration(grace, "grace=").total_seconds()
+        self._ask_to_stop()
+
+    def _ask_to_stop(self) -> None:
         self._stopped = True
         if self._stopping is not None:
             self._stopping.set()
+
+    def _instructions(self) -> dict[str, Any] | Unimportable:
+        """For the child process of a run that killed two workers: taken now, as files and folders are named here."""
+        store, workflows, activities = self._given
+        url = store if isinstance(store, str) else os.environ.get(VARIABLE, DEFAULT) if store is None else store.url
+        try:
+            return instructions(url, self._core.settings, workflows, activities, grace=GRACE)
+        except Unimportable as reason:
+            return reason

@@ -508,3 +508,28 @@ def test_every_command_has_a_help_text(shell: Shell) -> None:
     assert "  list " in overview.out
     assert shell.ask("nothing").code == 2
     assert shell.ask("list", "--nothing").code == 2
+
+
+@pytest.mark.parametrize("imported", ["msgspec", "click", "perdure.cli.why"])
+def test_ctrl_c_while_the_command_is_being_imported_ends_it_without_a_word(tmp_path: Path, imported: str) -> None:
+    # The script, interrupted by an import that takes long.
+    interrupting = f"""
+import importlib.abc, os, signal, sys, time
+
+class Slow(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == {imported!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+
+sys.meta_path.insert(0, Slow())
+sys.argv = ["perdure", "why", "a-run"]
+from perdure_command import main
+main()
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", interrupting], cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert said.returncode == 130
+    assert said.stdout == ""
+    assert said.stderr.strip() in ("", "perdure: Interrupted.")

@@ -8,6 +8,7 @@ several processes do not mix and none is half there after a kill.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import logging
 import os
@@ -18,21 +19,37 @@ from typing import Any
 
 import perdure.engine
 from perdure import Context, Retry, StepFailed, Worker, activity, current_step, workflow
+from perdure.core.turn import Announcement
 from perdure.runtime.context import SyncContext
 from perdure.worker.lease import Heartbeat
+from perdure.worker.shift import Shift
 
 SOON = Retry(max_attempts=4, first_delay=0.02)
 _ledger = -1
 _worker: Worker | None = None
+_shifts: list[Shift] = []
+
+
+_begin = Shift.begin
+
+
+def _kept(self: Shift, announcement: Announcement) -> None:
+    _shifts[:] = [self]
+    _begin(self, announcement)
+
+
+Shift.begin = _kept  # type: ignore[method-assign]
 
 
 def note(what: str) -> None:
     """One line: what, run, step, attempt, key, process, epoch of the claim, time."""
+    global _ledger
     info = current_step()
     epoch = 0
-    assert _worker is not None
-    shift = _worker._core.shift
-    assert shift is not None
+    if _ledger < 0:
+        # In a process that was given to one run: this module is imported there, with the arguments of the script.
+        _ledger = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND)
+    [shift] = _shifts
     for resident in list(shift.residents.values()):
         if resident.this.id == info.run_id:
             epoch = resident.epoch
@@ -190,6 +207,28 @@ async def poison(ctx: Context) -> None:
     await ctx.step.run("deadly", kill_own_process)
 
 
+def fall() -> None:
+    note("begin")
+    ctypes.string_at(0)
+
+
+@workflow
+async def falls(ctx: Context) -> None:
+    await ctx.step.run("innocent", effect, 1)
+    await ctx.step.run("deadly", fall)
+
+
+@workflow
+async def spins_at_last(ctx: Context) -> None:
+    await ctx.step.run("deadly", die_at_first, 2, "then spin")
+
+
+@workflow
+async def slow_at_last(ctx: Context, seconds: float) -> str:
+    await ctx.step.run("deadly", die_at_first, 2, str(seconds))
+    return str(await ctx.step.run("after", long_effect, 0))
+
+
 @workflow
 async def mother(ctx: Context) -> str:
     try:
@@ -206,7 +245,7 @@ async def slow_poison(ctx: Context, deaths: int) -> str:
     return "survived"
 
 
-def die_at_first(deaths: int) -> None:
+def die_at_first(deaths: int, then: str = "") -> None:
     """Kills the process as often as that, as the ledger says."""
     note("begin")
     info = current_step()
@@ -214,6 +253,11 @@ def die_at_first(deaths: int) -> None:
         begun = sum(1 for line in map(json.loads, ledger) if (line["run"], line["step"]) == (info.run_id, info.id))
     if begun <= deaths:
         os._exit(9)
+    while then == "then spin":
+        pass
+    if then:
+        time.sleep(float(then))
+        note("end")
 
 
 @activity(queue="remote")

@@ -307,7 +307,7 @@ async def test_a_worker_that_is_killed_in_the_middle_of_one_costs_one_more_execu
         from tests.e2e import worker_process
 
         async with engine(tmp_path, worker_process.uses_slow_remote) as it:
-            handle: RunHandle[Any] = await it.start(worker_process.uses_slow_remote, 0.5)
+            handle: RunHandle[Any] = await it.start(worker_process.uses_slow_remote, 2.5)
             await until_there(lambda: site.ledger(step="far"), "the activity")
             second = site.worker(queues=["remote"])
             await site.serving(second)

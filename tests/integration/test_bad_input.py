@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import re
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -39,6 +40,7 @@ from perdure import (
     StoreReadOnly,
     StoreTooNew,
     UnknownWorkflow,
+    Worker,
     activity,
     workflow,
 )
@@ -230,6 +232,35 @@ async def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         Engine(url_of(tmp_path), workflows=[echo.fn])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"test_bad_input\.py"):
         Engine(url_of(tmp_path), workflows=[echo, workflow(name="echo")(takes.fn)])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"workflows": takes}, "Pass a list: workflows=[takes]."),
+        ({"workflows": None}, "Pass a list: workflows=[]."),
+        ({"activities": asyncio}, "Pass a list: activities=[asyncio]."),
+        ({"queues": "fast"}, "Pass a list: queues=['fast']."),
+        ({"queues": 5}, "Pass a list: queues=[5]."),
+        ({"queues": [5]}, "queues= must be a str."),
+        ({"store": 5}, "5 is no store."),
+        ({"store": takes}, "is no store."),
+        ({"store": ["sqlite:///a.db"]}, "A list is no store."),
+        ({"store": SQLiteStore}, "is no store."),
+        ({"limits": {}}, "Write limits=Limits(payload=5_000_000)"),
+        ({"concurrency": "5"}, "concurrency='5' is not a whole number of at least 1."),
+        ({"threads": True}, "threads=True is not a whole number of at least 1."),
+        ({"resident": -1}, "resident=-1 is not a whole number of at least 0."),
+        ({"name": 5}, "name= must be a str."),
+    ],
+)
+def test_what_an_engine_cannot_be_made_of_is_refused_in_three_sentences(given: dict[str, Any], said: str) -> None:
+    for made in (Engine, Worker, Client):
+        if made is Client and not given.keys() <= {"store", "limits"}:
+            continue
+        with pytest.raises((TypeError, ValueError, NotAStore), match=re.escape(said)) as refused:
+            made(**{"store": "memory://", **given})
+        assert len(re.findall(r"\.(?: |$)", str(refused.value))) == 3, str(refused.value)
 
 
 async def test_unknown_names_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from perdure import Cancelled, Context, Pending, RunCancelled, RunFailed, StepFailed, workflow
 from perdure.runtime.context import SyncContext
-from tests.integration.helpers import AT_ONCE, engine, kinds, status_of, until
+from tests.integration.helpers import AT_ONCE, ONCE, engine, kinds, status_of, until
 
 
 class Ledger:
@@ -295,3 +295,64 @@ async def test_terminate_runs_no_cleanup(tmp_path: Path, ledger: Ledger) -> None
         await until(lambda: "endless cancelled" in ledger.lines, "its cancellation")
         assert (await handle.history())[-1].kind == "ended"
     assert "clean" not in ledger.lines
+
+
+@pytest.mark.parametrize("how", ["run", "start"])
+async def test_a_function_that_was_given_up_holds_none_of_the_threads(tmp_path: Path, ledger: Ledger, how: str) -> None:
+    @workflow
+    def blocked(ctx: SyncContext) -> str:
+        step = ctx.step.options(timeout=0.05, retry=ONCE)
+        try:
+            if how == "run":
+                step.run("blocks", ledger.blocking)
+            else:
+                step.start("blocks", ledger.blocking).result()
+        except StepFailed:
+            return ctx.step.run("after", ledger.note, "after")
+        return "not given up"
+
+    async with engine(tmp_path, blocked, threads=2) as opened:
+        shift = opened._core.shift
+        assert shift is not None
+        handles = [await opened.start(blocked) for _ in range(6)]
+        assert [await handle.result(timeout=20) for handle in handles] == ["after"] * 6
+        assert ledger.lines.count("blocking began") == 6
+        await until(lambda: shift.threads.busy == 0, "all threads")
+        assert (shift.executor.in_threads, shift.executing) == (0, 0)
+        ledger.release.set()
+        await until(lambda: ledger.lines.count("blocking ended") == 6, "the functions' end")
+        assert await (await opened.start(blocked)).result(timeout=20) == "not given up"
+        await until(lambda: shift.threads.busy == 0, "all threads again")
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_the_message_of_a_cancelled_task_arrives_at_its_step(
+    tmp_path: Path, ledger: Ledger, restarted: bool
+) -> None:
+    @workflow
+    async def w(ctx: Context) -> list[str]:
+        async def waits() -> list[str]:
+            try:
+                await ctx.step.run("endless", ledger.endless)
+            except asyncio.CancelledError as cancelled:
+                return list(cancelled.args)
+            return ["not cancelled"]
+
+        task = asyncio.create_task(waits())
+        await ctx.step.sleep("a moment", 0.01)
+        task.cancel("enough of it")
+        said = await task
+        await ctx.step.wait_signal("go")
+        return said
+
+    async with engine(tmp_path, w) as opened:
+        handle = await opened.options(id="w").start(w)
+        await status_of(handle, "waiting")
+        await until(lambda: "endless cancelled" in ledger.lines, "the cancellation")
+        if not restarted:
+            await handle.signal("go")
+            assert await handle.result(timeout=20) == ["enough of it"]
+    if restarted:
+        async with engine(tmp_path, w) as opened:
+            await opened.handle("w").signal("go")
+            assert await opened.handle("w").result(timeout=20) == ["enough of it"]

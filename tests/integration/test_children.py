@@ -297,3 +297,28 @@ async def test_the_idempotency_key_of_a_child_is_taken_for_seven_days(tmp_path: 
     (row,) = (dict(zip(columns, row, strict=True)) for row in ask(tmp_path, "SELECT * FROM perdure_idempotency"))
     (started,) = ask(tmp_path, "SELECT created_at FROM perdure_runs WHERE key = ?", row["run"])
     assert 0 <= started[0] + 7 * 86_400_000_000 - row["expires_at"] < 60_000_000
+
+
+async def test_a_child_by_name_gets_the_queue_and_the_timeout_that_its_workers_announced(tmp_path: Path) -> None:
+    @workflow(name="elsewhere", queue="fast", timeout=60)
+    async def elsewhere(ctx: Context, n: int) -> int:
+        return n + 1
+
+    @workflow
+    async def parent(ctx: Context) -> list[int]:
+        return [
+            await ctx.step.run_workflow("plain", "elsewhere", 1),
+            await ctx.step.options(queue="slow", timeout=5).run_workflow("other", "elsewhere", 2),
+        ]
+
+    async with (
+        engine(tmp_path, elsewhere, queues=["fast", "slow"]),
+        engine(tmp_path, parent, queues=["default"]) as opened,
+    ):
+        handle = await opened.options(id="p").start(parent)
+        assert await handle.result(timeout=20) == [2, 3]
+    rows = ask(tmp_path, "SELECT id, queue, deadline_at - created_at FROM perdure_runs WHERE id LIKE 'p/%' ORDER BY id")
+    assert [(id, queue, round(length / 1e6)) for id, queue, length in rows] == [
+        ("p/other", "slow", 5),
+        ("p/plain", "fast", 60),
+    ]

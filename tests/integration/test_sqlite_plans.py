@@ -87,6 +87,7 @@ def test_no_statement_walks_along_a_table(db: sqlite3.Connection, name: str) -> 
         ("take", "SEARCH perdure_runs USING INTEGER PRIMARY KEY (rowid=?)"),
         ("owned", "SEARCH perdure_runs USING COVERING INDEX perdure_runs_owner (owner=?)"),
         ("suspects", "SEARCH run USING INDEX perdure_runs_struck (strikes=?)"),
+        ("claimable_suspect", "SEARCH run USING INDEX perdure_runs_struck (strikes=?)"),
         ("mail_of_owner", "SEARCH mail USING INDEX perdure_mail_owner (owner=?)"),
         (
             "claimable",

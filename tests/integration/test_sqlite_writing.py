@@ -7,10 +7,12 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from perdure.core.errors import StoreLocked
 from perdure.core.status import Status
 from perdure.core.turn import Batch, Begun, Committed, Kept, Send
 from perdure.stores.sqlite import SQLiteStore
@@ -50,6 +52,29 @@ def test_a_batch_is_few_executions_however_large(store: SQLiteStore, number: int
     assert [type(one) for one in committed] == [Begun] * number + [Kept] * number + [Committed] * number
     events = ["INSERT"] * (2 if number == 256 else 1)  # 512 events are two executions
     assert executed == ["BEGIN", "INSERT", "SELECT", "UPDATE", *events, "INSERT", "UPDATE", "COMMIT"]
+
+
+def test_write_at_once_waits_for_nobody(path: Path) -> None:
+    patient = SQLiteStore(path, busy_timeout=3600)
+    announced(patient)
+    with closing(sqlite3.connect(path)) as another:
+        another.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreLocked):
+            patient.write_at_once(Batch(starts=[start("a")]))
+        another.execute("ROLLBACK")
+    [begun] = patient.write_at_once(Batch(starts=[start("a")]))
+    assert isinstance(begun, Begun)
+    # It waits again for others, as it always did.
+    assert patient._opened_writer().execute("PRAGMA busy_timeout").fetchone() == (3_600_000,)
+    patient.close()
+
+
+@pytest.mark.parametrize(("by", "heard"), [(None, True), ("w", False), ("another", True)])
+def test_nobody_is_woken_for_mail_that_its_writer_looks_for(store: SQLiteStore, by: str | None, heard: bool) -> None:
+    run = started(store, "a", owner="w")
+    store.wait("w", ["default"], 0)
+    store.write(Batch(sends=[Send(to=run, id="m", kind="signal")], by=by))
+    assert store.wait("w", ["default"], 0) is heard
 
 
 @pytest.mark.parametrize("number", [*SIZES, *(size + 1 for size in SIZES), 600])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from perdure.runtime.drive_sync import BodyThreads
 from tests.unit.playing import THREADS, Run, work
 
 
@@ -193,3 +194,39 @@ def test_a_body_that_starts_again_logs_nothing_twice(caplog: pytest.LogCaptureFi
     run.value("a")
     assert run.status == "completed"
     assert [record.getMessage() for record in caplog.records] == ["[run-1] before", "[run-1] after"]
+
+
+def test_a_thread_that_is_lost_at_its_job_counts_again_only_if_it_goes_on_with_it() -> None:
+    pool = BodyThreads(limit=1)
+    release, over = threading.Event(), threading.Event()
+
+    def job() -> None:
+        release.wait(20)
+        over.set()
+
+    thread = pool.run(job)
+    assert pool.busy == 1
+    pool.lose(thread, job)
+    pool.lose(thread, job)
+    assert pool.busy == 0
+    pool.regain(thread, job)
+    pool.regain(thread, job)
+    assert pool.busy == 1
+    pool.lose(thread, job)
+    release.set()
+    assert over.wait(20)
+    until(lambda: thread.job is None)
+    pool.regain(thread, job)
+    # It has ended: a thread that was lost does not come back to others.
+    assert (pool.busy, pool._idle) == (0, [])
+    again = pool.run(lambda: None)
+    assert again is not thread
+    pool.lose(thread, job)
+    until(lambda: pool.busy == 0)
+
+
+def until(found: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not found():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

@@ -32,6 +32,7 @@ ARROWS: Final[dict[str, set[str]]] = {
     "client": INSIDE,
     "engine": INSIDE,
     "sync": INSIDE,
+    "solitary": INSIDE,
     PUBLIC: INSIDE,
     "cli": {*INSIDE, PUBLIC, "testing"},
     "server": {*INSIDE, PUBLIC},

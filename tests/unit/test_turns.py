@@ -9,10 +9,13 @@ import pytest
 
 from perdure.core import events as ev
 from perdure.core import stored
+from perdure.core.errors import StepTimedOut
+from perdure.core.retry import Retry
 from perdure.runtime.registry import Workflow
 from perdure.testing.programs import Program
 from perdure.testing.service import Service
 from perdure.testing.tape import SECOND, START
+from perdure.worker.executing import current_step
 
 
 class Flow(Program):
@@ -236,4 +239,119 @@ def test_an_end_that_is_refused_tells_nothing_of_exceptions_nobody_retrieved(cap
     assert [record.getMessage() for record in caplog.records] == [
         "run run-1: an exception in a task was never retrieved"
     ]
+    service.close()
+
+
+def test_an_attempt_that_ran_out_of_time_is_cancelled_once_its_failure_is_recorded() -> None:
+    did: list[str] = []
+
+    async def hangs() -> str:
+        did.append(f"began {current_step().attempt}")
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            did.append(f"cancelled {current_step().attempt}")
+            raise
+        return ""
+
+    async def flow(ctx: Any) -> Any:
+        retry = Retry(max_attempts=2, first_delay=1, jitter=False)
+        try:
+            await ctx.step.options(timeout=1, retry=retry).run("hangs", hangs)
+        except StepTimedOut:
+            return "late"
+
+    service = serving(flow)
+    service.quiet()
+    assert did == ["began 1"]
+    service.go_on(SECOND)
+    assert did == ["began 1"]
+    service.flush()
+    service.loop.settle()
+    assert did == ["began 1"]
+    service.acknowledge()
+    assert did == ["began 1", "cancelled 1"]
+    row = service._rows()[1]
+    # One commit: it says that the run waits.
+    assert (row.status, row.version) == ("waiting", 1)
+    assert service.shift.executing == 0
+    service.quiet()
+    service.go_on(SECOND)
+    service.quiet()
+    assert did[2:] == ["began 2"]
+    service.go_on(SECOND)
+    assert did[3:] == []
+    service.quiet()
+    assert did[3:] == ["cancelled 2"]
+    assert service._rows()[1].result == '"late"'
+    service.close()
+
+
+def test_an_attempt_that_returns_after_its_time_but_before_its_record_failed() -> None:
+    async def late() -> str:
+        await asyncio.sleep(1.5 if current_step().attempt == 1 else 0)
+        return f"attempt {current_step().attempt}"
+
+    async def flow(ctx: Any) -> Any:
+        retry = Retry(max_attempts=2, first_delay=5, jitter=False)
+        return await ctx.step.options(timeout=1, retry=retry).run("late", late)
+
+    service = serving(flow)
+    service.quiet()
+    service.go_on(SECOND)
+    service.go_on(SECOND)
+    assert service.shift.executing == 0
+    for _ in range(4):
+        service.quiet()
+        service.go_on(5 * SECOND)
+    service.quiet()
+    assert service._rows()[1].result == '"attempt 2"'
+    service.close()
+
+
+def test_a_resumed_that_is_thrown_away_comes_again_with_its_time() -> None:
+    new_code = False
+
+    async def flow(ctx: Any) -> Any:
+        added = [asyncio.create_task(ctx.step.sleep("added", 0))] if new_code else []
+        await ctx.step.wait_signal("go")
+        await asyncio.gather(*added)
+
+    service = serving(flow)
+    service.quiet()
+    new_code = True
+    service.crash()
+    service.signal("run-1", "go", 1)
+    service.look()
+    at = service.clock
+    service.signal("run-1", "late", 1)
+    service.flush()
+    service.acknowledge()
+    assert service.sometimes["MoreMail"] == 1
+    service.clock += 2 * SECOND
+    service.quiet()
+    assert service._rows()[1].status == "completed"
+    inputs = [event for event in history(service)[2:] if isinstance(event, (ev.Resumed, ev.Signal))]
+    assert [(type(event), event.at - at) for event in inputs] == [(ev.Resumed, 0), (ev.Signal, 0)]
+    service.close()
+
+
+def test_an_error_of_a_callback_is_told_once_though_its_turn_is_thrown_away(caplog: pytest.LogCaptureFixture) -> None:
+    async def quick() -> str:
+        return "quick"
+
+    def fails() -> None:
+        raise ValueError("nobody looks")
+
+    async def flow(ctx: Any) -> None:
+        await ctx.step.run("a", quick)
+        asyncio.get_running_loop().call_soon(fails)
+        await asyncio.sleep(0)
+
+    service = serving(flow)
+    service.signal("run-1", "late", 1)
+    service.quiet()
+    assert service._rows()[1].status == "completed"
+    assert service.sometimes["MoreMail"] == 1
+    assert [record.getMessage() for record in caplog.records] == ["run run-1: a callback failed"]
     service.close()

@@ -65,16 +65,16 @@ def said(
     announced: bool = True,
     worker: str | None = None,
     mail: int = 0,
-    children: Mapping[str, str] | None = None,
+    children: Mapping[str, Row] | None = None,
     activities: tuple[str, ...] = (),
+    queues: tuple[str, ...] = ("default",),
 ) -> str:
     """What `why` says of a run in these surroundings."""
     letters = [
         Mail(run=1, position=at, id=f"m{at}", kind="signal", name="approval", data="1", at=NOW) for at in range(mail)
     ]
     around = Surroundings(
-        served=frozenset({"order", *activities} if served else activities),
-        announced=frozenset({"order"} if announced else ()),
+        taken={**dict.fromkeys(activities, queues), **({"order": queues if served else ()} if announced else {})},
         worker=worker,
         mail=letters,
         children=children or {},
@@ -116,7 +116,7 @@ def test_a_signal_with_a_timeout() -> None:
 
 def test_a_child() -> None:
     wait = Wait(kind="child", step="pack", name="pack", run="o-1/pack", since=NOW - 5 * SECOND)
-    assert said(row("waiting", wait), children={"o-1/pack": "running"}) == (
+    assert said(row("waiting", wait), children={"o-1/pack": row("running")}) == (
         'Run o-1 waits in "pack" for child run o-1/pack, which is running, since 5 s; see `perdure why o-1/pack`.'
     )
 
@@ -237,6 +237,40 @@ def test_no_living_worker() -> None:
     )
 
 
+def test_a_queue_that_nobody_serves() -> None:
+    assert said(row("ready", queue="fast"), queues=("slow", "default")) == (
+        'Run o-1 waits for a worker since 1 min 30 s: workers that serve "order" live, but none of them takes from '
+        'queue "fast" (they take from "default", "slow"); start one with `perdure worker --queue fast`.'
+    )
+
+
+def test_a_suspect_on_a_queue_that_nobody_serves() -> None:
+    assert "takes from queue" in said(row("ready", queue="fast", strikes=2))
+
+
+def test_mail_for_a_run_on_a_queue_that_nobody_serves() -> None:
+    assert said(row("waiting", queue="fast"), mail=1) == (
+        'Run o-1 has 1 unread message: workers that serve "order" live, but none of them takes from queue "fast" '
+        '(they take from "default"); start one with `perdure worker --queue fast`.'
+    )
+
+
+def test_a_wait_of_a_run_on_a_queue_that_nobody_serves() -> None:
+    wait = Wait(kind="signal", step="approval", name="approval", since=NOW)
+    assert said(row("waiting", wait, queue="fast")).endswith(
+        ' No living worker that serves "order" takes from its queue "fast".'
+    )
+
+
+def test_an_activity_on_a_queue_that_nobody_serves() -> None:
+    wait = Wait(kind="activity", step="far", name="resize", since=NOW, run="o-1/far")
+    far = row("ready", id="o-1/far", kind="activity", workflow="resize", queue="gpu")
+    assert said(row("waiting", wait), children={"o-1/far": far}, activities=("resize",)) == (
+        'Run o-1 waits in "far" for activity "resize" since 0 ms: workers that serve "resize" live, but none of them '
+        'takes from queue "gpu" (they take from "default"); start one with `perdure worker --queue gpu`.'
+    )
+
+
 def test_a_begun_run_without_a_worker() -> None:
     assert said(row("ready", started_at=NOW - 60 * SECOND), served=False) == (
         'Run o-1, begun 1 min ago, waits for another worker: none that serves workflow "order" lives now; '
@@ -254,7 +288,7 @@ def test_a_name_that_nobody_knows() -> None:
 def test_a_run_that_must_be_alone() -> None:
     assert said(row("ready", strikes=2, started_at=NOW - 60 * SECOND)) == (
         "Run o-1, begun 1 min ago, waits to be executed alone, because it killed its worker 2 times; "
-        "a worker takes it when nothing else of its is executing."
+        "a worker gives it a process of its own, an engine takes it when nothing else of its is executing."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Collection, Mapping
 
 import click
 
@@ -12,6 +13,7 @@ from perdure.cli.words import json_text, say, table, tell, when
 from perdure.client import Client
 from perdure.core.retry import moment
 from perdure.core.status import Status
+from perdure.core.why import taken_from
 from perdure.info import RunInfo, RunPage
 
 
@@ -27,22 +29,22 @@ def command(
 ) -> None:
     """List runs, newest first. With --json one object per line, with the fields of RunInfo."""
 
-    async def read(client: Client) -> tuple[RunPage, frozenset[str]]:
+    async def read(client: Client) -> tuple[RunPage, dict[str, set[str]]]:
         with usage():
             page: RunPage = await client.list_runs(
                 status=status, workflow=workflow, parent=parent, limit=limit, cursor=cursor
             )
         core = client._core
         announced = await core.read(lambda: core.store.announced(core.namespace))
-        return page, frozenset(each.name for each in announced if each.live)
+        return page, taken_from(announced)
 
-    page, served = ask(where, read)
+    page, taken = ask(where, read)
     if where.json:
         for info in page.items:
             say(json_text(fields_of(info)))
     elif page.items:
         rows = [
-            (info.id, info.workflow, str(info.status), when(info.created_at), when(info.ended_at), _note(info, served))
+            (info.id, info.workflow, str(info.status), when(info.created_at), when(info.ended_at), _note(info, taken))
             for info in page.items
         ]
         for line in table(("run", "workflow", "status", "created (UTC)", "ended (UTC)", ""), rows):
@@ -55,12 +57,15 @@ def command(
         tell(f"There are more: perdure list{options} --cursor {page.cursor}{where.same()}")
 
 
-def _note(info: RunInfo, served: frozenset[str]) -> str:
+def _note(info: RunInfo, taken: Mapping[str, Collection[str]]) -> str:
     """What a run that has not ended waits for, in a few words; `perdure why` has the sentence."""
     if info.status.ended:
         return "" if info.error is None else f"{info.error.type}: {info.error.message}"[:60]
-    if info.workflow not in served:
+    queues = taken.get(info.workflow)
+    if not queues:
         return "no worker serves it"
+    if info.queue not in queues:
+        return f'no worker serves it from queue "{info.queue}"'
     for wait in info.waits.waits:
         until = "" if wait.until is None else f" until {moment(wait.until):%Y-%m-%d %H:%M:%S}"
         match wait.kind:

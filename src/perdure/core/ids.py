@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 _ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
@@ -14,7 +15,14 @@ def sortable_id(at: int, entropy: int) -> str:
 
     at: microseconds since the epoch. entropy: a number below 2**80.
     """
-    number = (at // 1000 & (1 << 48) - 1) << 80 | entropy & (1 << 80) - 1
     pairs = _PAIRS
-    # 130 bits, ten at a time; the first pair holds the two that are always 0.
-    return "".join([pairs[number >> shift & 1023] for shift in range(120, -1, -10)])
+    # Ten bits at a time; of the first pair of the time two bits are always 0.
+    return _time(at // 1000 & (1 << 48) - 1) + "".join([pairs[entropy >> shift & 1023] for shift in _SHIFTS])
+
+
+_SHIFTS: Final = range(70, -1, -10)
+
+
+@lru_cache(maxsize=16)
+def _time(milliseconds: int) -> str:
+    return "".join([_PAIRS[milliseconds >> shift & 1023] for shift in range(40, -1, -10)])

@@ -45,6 +45,18 @@ class Limits:
                 )
 
 
+def limits_of(given: Limits | None) -> Limits:
+    """What `limits=` says; the defaults if it says nothing."""
+    if given is None:
+        return Limits()
+    if not isinstance(given, Limits):
+        raise TypeError(
+            f"limits= must be a Limits. {type(given).__name__} was given. Write limits=Limits(payload=5_000_000), with "
+            "only what differs from the defaults."
+        )
+    return given
+
+
 def check_id(text: str, what: str) -> str:
     """`text` if it can be an id: 1 to 255 printable characters. what: how the caller calls it ("the run id")."""
     return _checked(text, what, ID_LENGTH)

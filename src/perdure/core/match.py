@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any, Final, Protocol, cast
 
 from msgspec import UNSET, Raw
@@ -45,30 +46,22 @@ class Op:
     waiters are called once, in order, when the operation has ended.
     """
 
-    __slots__ = (
-        "at",
-        "attempt",
-        "awaited",
-        "digest",
-        "due",
-        "ended",
-        "error",
-        "id",
-        "input",
-        "kind",
-        "last_error",
-        "name",
-        "ordinal",
-        "parent_close",
-        "queue",
-        "retry_at",
-        "run",
-        "site",
-        "spec",
-        "state",
-        "value",
-        "waiters",
-    )
+    # Defaults stand in the class: most operations never have most of them.
+    state = NEW
+    ordinal = 0
+    at = 0  # time of the call: the input behind which it was begun
+    due: int | None = None  # of a sleep; the deadline of a wait
+    attempt = 1  # the attempt to be made or being made
+    retry_at: int | None = None
+    last_error: RecordedError | None = None
+    value: Any = None
+    error: BaseException | None = None
+    ended = 0  # the place in the order of ends
+    input = b""  # of children and activities
+    run = ""
+    queue = ""
+    awaited = True
+    parent_close = "cancel"
 
     def __init__(
         self,
@@ -86,22 +79,7 @@ class Op:
         self.site = site
         self.digest = digest
         self.spec = spec
-        self.state = NEW
-        self.ordinal = 0
-        self.at = 0  # time of the call: the input behind which it was begun
-        self.due: int | None = None  # of a sleep; the deadline of a wait
-        self.attempt = 1  # the attempt to be made or being made
-        self.retry_at: int | None = None
-        self.last_error: RecordedError | None = None
-        self.value: Any = None
-        self.error: BaseException | None = None
-        self.ended = 0  # the place in the order of ends
         self.waiters: list[Callable[[Op], None]] = []
-        self.input = b""  # of children and activities
-        self.run = ""
-        self.queue = ""
-        self.awaited = True
-        self.parent_close = "cancel"
 
     @property
     def over(self) -> bool:
@@ -144,41 +122,48 @@ class Difference:
     number: int  # of the recorded event, counted from 1; 0 if there is none
 
 
+NOTHING_EXPECTED: Final[dict[Tag, tuple[int, ev.Command]]] = {}
+"""What is expected in life; never added to."""
+
+
 class Line:
     """See the module. `events` counts what is recorded or about to be; the next event gets the number after it."""
 
+    # Defaults stand in the class, and what few runs need is made when something goes in.
+    now = 0
+    replaying = False
+    last_input = False
+    ending = False
+    following: ev.Event | None = None  # the next recorded input, for reports
+    dead = False
+    difference: Difference | None = None
+    cancel_requested = False
+    cancel_reason = ""
+    status = ""  # of the end, once there is one
+    expected: dict[Tag, tuple[int, ev.Command]] = NOTHING_EXPECTED
+    deferred: tuple[Op, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()  # (message id, why) of signals that did not fit
+    unheard: tuple[tuple[str, BaseException | None], ...] = ()  # errors of the code that nobody caught, in life
+    digests_differ: tuple[tuple[str, str], ...] = ()  # (step, site) of the first
+    answers: Mapping[str, bool] = MappingProxyType({})
+    signals: Mapping[str, deque[ev.Signal]] = MappingProxyType({})
+    waits: Mapping[str, deque[Op]] = MappingProxyType({})
+    emitted: list[str] | tuple[()] = ()  # steps of children nobody awaits that end with their parent
+    _timer_count = 0
+    _ordinal = 0
+    _ends = 0
+    _number = 0
+    _latest: Op | None = None
+
     def __init__(self, run_id: str) -> None:
         self.run_id = run_id
-        self.now = 0
-        self.replaying = False
-        self.last_input = False
-        self.ending = False
-        self.following: ev.Event | None = None  # the next recorded input, for reports
-        self.dead = False
-        self.difference: Difference | None = None
         self.ops: dict[str, Op] = {}
         self.pending: dict[str, Op] = {}
-        self.deferred: list[Op] = []
-        self.emitted: list[str] = []  # steps of children nobody awaits that end with their parent
         self.commands: list[ev.Command] = []
         self.begun: list[Op] = []
         self.dropped: list[Op] = []
         self.starts: list[Op] = []
-        self.expected: dict[Tag, tuple[int, ev.Command]] = {}
-        self.answers: dict[str, bool] = {}
-        self.signals: dict[str, deque[ev.Signal]] = {}
-        self.waits: dict[str, deque[Op]] = {}
-        self.cancel_requested = False
-        self.cancel_reason = ""
-        self.status = ""  # of the end, once there is one
-        self.skipped: list[tuple[str, str]] = []  # (message id, why) of signals that did not fit
-        self.digests_differ: list[tuple[str, str]] = []
         self.timers: list[tuple[int, int, Timer]] = []
-        self._timer_count = 0
-        self._ordinal = 0
-        self._ends = 0
-        self._number = 0
-        self._latest: Op | None = None
 
     # --- the driver's side: inputs -------------------------------------------------------------------
 
@@ -205,6 +190,12 @@ class Line:
         """Let an input reach the operations. value: the decoded value of an outcome, where it is at hand."""
         _APPLY[type(event)](self, event, value)
 
+    def complete(self, step: str, value: Any) -> None:
+        """Let the value of a step that is pending reach the code, in life."""
+        op = self.pending[step]
+        op.value = value
+        self._end(op)
+
     def close(self) -> None:
         """End an input: in replay, everything recorded behind it must have been issued again."""
         if self.expected and self.difference is None:
@@ -227,11 +218,15 @@ class Line:
         """Begin an operation; it may end at once. A line that is dead begins nothing."""
         if op.state != NEW or self.dead:
             return
-        self._ordinal += 1
-        op.ordinal = self._ordinal
+        self._ordinal = op.ordinal = self._ordinal + 1
         op.at = self.now
         self._latest = op
-        _BEGIN[op.kind](self, op)
+        if op.kind == "run":
+            op.state = PENDING
+            self.pending[op.id] = op
+            self.begun.append(op)
+        else:
+            _BEGIN[op.kind](self, op)
 
     def cancel(self, op: Op) -> None:
         """Give an operation up: its final outcome, if it had begun. Twice is once; a dead line gives up nothing."""
@@ -241,7 +236,7 @@ class Line:
             op.state = CANCELLED
             return
         if op.state == DEFERRED:
-            self.deferred.remove(op)
+            self.deferred = tuple(other for other in self.deferred if other is not op)
             self._end(op, CANCELLED)
             return
         if op.state != PENDING:
@@ -262,7 +257,7 @@ class Line:
             else:
                 answer = True
                 self.commands.append(ev.Patched(change=change, site=site))
-            self.answers[change] = answer
+            self.answers = {**self.answers, change: answer}
         return answer
 
     def refuse(self, what: str, error: RecordedError) -> bool:
@@ -276,7 +271,7 @@ class Line:
     def finish(self, status: str) -> None:
         """The main code has ended: pending steps end with it, children that are to be abandoned go on."""
         self.ending = True
-        for op in list(self.deferred):
+        for op in self.deferred:
             self.cancel(op)
         for op in sorted(self.pending.values(), key=lambda op: op.ordinal):
             if op.kind != "child" or op.parent_close == "cancel":
@@ -355,7 +350,7 @@ class Line:
 
     def _defer(self, op: Op) -> None:
         op.state = DEFERRED
-        self.deferred.append(op)
+        self.deferred = (*self.deferred, op)
 
     def _end(self, op: Op, state: int = DONE) -> None:
         self.pending.pop(op.id, None)
@@ -365,9 +360,10 @@ class Line:
         op.last_error = None
         if op.kind not in ("child", "activity"):
             op.spec = None  # an emitted or given up child may be over before its start has been taken from here
-        waiters, op.waiters = op.waiters, []
-        for waiter in waiters:
-            waiter(op)
+        if op.waiters:
+            waiters, op.waiters = op.waiters, []
+            for waiter in waiters:
+                waiter(op)
 
     def time_out(self, op: Op) -> None:
         """The time of a sleep, or the deadline of a wait, has come."""
@@ -420,7 +416,9 @@ class Line:
             op.error = op.spec.fail(op.id, None)
             self._end(op)
             return None
-        self.waits.setdefault(name, deque()).append(op)
+        if name not in self.waits:
+            self.waits = {**self.waits, name: deque()}
+        self.waits[name].append(op)
         if op.due is not None:
             self.add_timer(op.due, _OpTimer(self, op))
         return None
@@ -433,7 +431,7 @@ class Line:
             op.value = op.spec.decode(signal.value)
         except Exception as error:
             if self.refuse(signal.message, record(error)):
-                self.skipped.append((signal.message, str(error)))
+                self.skipped = (*self.skipped, (signal.message, str(error)))
             return False
         if self._issue(ev.SignalTaken(step=op.id, message=signal.message)):
             self._end(op)
@@ -450,7 +448,7 @@ class Line:
             if recorded.name != op.name or getattr(recorded, "awaited", True) != op.awaited:
                 return self.differ(self._number, recorded, op)
             if op.digest != recorded.digest:
-                self.digests_differ.append((op.id, op.site))
+                self._digest_differs(op)
             op.run = recorded.run
             op.parent_close = getattr(recorded, "parent_close", op.parent_close)
         else:
@@ -460,6 +458,7 @@ class Line:
             self._pend(op)
         else:
             if op.parent_close == "cancel":
+                self.emitted = self.emitted or []
                 self.emitted.append(op.id)
             op.value = op.run
             self._end(op)
@@ -479,7 +478,9 @@ class Line:
                     waiting.popleft()
                 return
             return
-        self.signals.setdefault(event.name, deque()).append(event)
+        if event.name not in self.signals:
+            self.signals = {**self.signals, event.name: deque()}
+        self.signals[event.name].append(event)
 
     def _apply_cancel(self, event: ev.CancelRequested, value: Any) -> None:
         if not self.cancel_requested:
@@ -495,9 +496,14 @@ class Line:
             self.differ(self._number, event, op)
             return None
         if op.digest != event.digest:
-            self.digests_differ.append((op.id, op.site))
+            self._digest_differs(op)
         op.attempt = event.attempt
         return op
+
+    def _digest_differs(self, op: Op) -> None:
+        """A step is called with other arguments than recorded: kept once, for a warning."""
+        if not self.digests_differ:
+            self.digests_differ = ((op.id, op.site),)
 
     def _asked(self) -> Op | None:
         """What the code asks for that the record does not know, for the report."""
@@ -545,7 +551,7 @@ class Line:
         self._end(op)
 
     def _apply_resumed(self, event: ev.Resumed, value: Any) -> None:
-        waiting, self.deferred = self.deferred, []
+        waiting, self.deferred = self.deferred, ()
         for op in waiting:
             # In replay what is not recorded behind this input is deferred again.
             if op.state == DEFERRED:

@@ -14,7 +14,7 @@ import types
 import typing
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -34,6 +34,22 @@ class Parameter(msgspec.Struct, frozen=True, omit_defaults=True):
     required: bool = True
 
 
+MOST_FORMS: Final = 256
+"""Forms of calls that a signature remembers; `**kwargs` could make any number."""
+
+
+class Argument(NamedTuple):
+    """Where an argument of a call stands, how its name is written (empty if it goes by position), what it is."""
+
+    place: int
+    label: bytes
+    plan: Plan
+    what: str
+
+
+Form = tuple[Argument, ...]
+
+
 class Signature:
     """The parameters of one function after its context, and the plans of their values."""
 
@@ -41,6 +57,7 @@ class Signature:
         "_any",
         "_by_name",
         "_context",
+        "_forms",
         "_known",
         "_more",
         "_named",
@@ -71,6 +88,8 @@ class Signature:
         self._by_name = [each.name for each in (*self._any, *self._named)]
         self._places = [each.name for each in (*self._only, *self._any)]
         self._known = frozenset(self._by_name)
+        # How calls that are right were written, by the number of positional arguments and the names of the others.
+        self._forms: dict[tuple[int, tuple[str, ...]], Form] = {}
 
     def normalise(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """The arguments in their one form. A TypeError names the argument that is wrong, missing or unknown."""
@@ -98,20 +117,43 @@ class Signature:
 
     def encode(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, limits: Limits = DEFAULT_LIMITS) -> bytes:
         """The stored input of a call: checked against the signature (TypeError) and the types (PayloadError)."""
-        positional, by_name = self.normalise(args, kwargs)
+        form = self._form(args, kwargs)
+        given = (*args, *kwargs.values())
         items = [
-            self._plan(at).roundtrip(value, f"argument {at + 1} of {self.name}", limits)[0]
-            for at, value in enumerate(positional)
+            argument.label + argument.plan.roundtrip(given[argument.place], argument.what, limits)[0]
+            for argument in form
         ]
-        named = [
-            msgspec.json.encode(name)
-            + b":"
-            + self._plan(name).roundtrip(value, f"argument {quoted(name)} of {self.name}", limits)[0]
-            for name, value in by_name.items()
-        ]
-        data = b"[[" + b",".join(items) + b"],{" + b",".join(named) + b"}]"
+        by_position = sum(not argument.label for argument in form)
+        data = b"[[" + b",".join(items[:by_position]) + b"],{" + b",".join(items[by_position:]) + b"}]"
         check(data, f"the input of {self.name}", limits)
         return data
+
+    def _form(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Form:
+        """How the arguments of a call are written, in order; a TypeError if they do not fit."""
+        key = (len(args), tuple(kwargs))
+        form = self._forms.get(key)
+        if form is None:
+            # Places stand for the values: `normalise` only moves them.
+            places = dict(zip(kwargs, range(len(args), len(args) + len(kwargs)), strict=True))
+            positional, by_name = self.normalise(range(len(args)), places)
+            form = (
+                *(
+                    Argument(place, b"", self._plan(at), f"argument {at + 1} of {self.name}")
+                    for at, place in enumerate(positional)
+                ),
+                *(
+                    Argument(
+                        place,
+                        msgspec.json.encode(name) + b":",
+                        self._plan(name),
+                        f"argument {quoted(name)} of {self.name}",
+                    )
+                    for name, place in by_name.items()
+                ),
+            )
+            if len(self._forms) < MOST_FORMS:
+                self._forms[key] = form
+        return form
 
     def decode(self, data: bytes | str) -> tuple[list[Any], dict[str, Any]]:
         """The arguments of a stored input. A PayloadError names what no longer fits the signature."""
@@ -124,20 +166,15 @@ class Signature:
                 what=f"the input of {self.name}",
             ) from None
         try:
-            # The raw values stand for the real ones: first the form, then each value.
-            self.normalise(positional, by_name)
+            # First the form, then each value.
+            form = self._form(positional, by_name)
         except TypeError as error:
             raise PayloadError(str(error), what=f"the input of {self.name}") from None
-        return (
-            [
-                self._plan(at).decode(bytes(raw), f"argument {at + 1} of {self.name}")
-                for at, raw in enumerate(positional)
-            ],
-            {
-                name: self._plan(name).decode(bytes(raw), f"argument {quoted(name)} of {self.name}")
-                for name, raw in by_name.items()
-            },
-        )
+        read: list[Any] = [*positional, *by_name.values()]
+        for argument in form:
+            read[argument.place] = argument.plan.decode(bytes(read[argument.place]), argument.what)
+        count = len(positional)
+        return read[:count], dict(zip(by_name, read[count:], strict=True))
 
     def _plan(self, place: int | str) -> Plan:
         if isinstance(place, int):

@@ -68,7 +68,8 @@ MOVES: Final[Mapping[Status, frozenset[Status]]] = {
     Status.READY: frozenset({Status.RUNNING, Status.HELD, Status.QUARANTINED}) | _OUTSIDE,
     Status.HELD: frozenset({Status.READY}) | _OUTSIDE,
     Status.RUNNING: _TURN | _OUTSIDE | {Status.QUARANTINED},
-    Status.WAITING: _TURN | _OUTSIDE,
+    # Code that never rests is put aside from its pause.
+    Status.WAITING: _TURN | _OUTSIDE | {Status.QUARANTINED},
     Status.BLOCKED: frozenset({Status.RUNNING, Status.BLOCKED}) | _OUTSIDE,
     Status.QUARANTINED: frozenset({Status.READY}) | _OUTSIDE,
     Status.PAUSED: frozenset({Status.READY}) | _OUTSIDE,

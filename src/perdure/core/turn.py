@@ -133,11 +133,16 @@ class Turn(_Fact, frozen=True, kw_only=True):
 
 
 class Batch(_Fact, frozen=True, kw_only=True):
-    """What one process writes in one transaction. No two starts in it share an id or an idempotency key."""
+    """What one process writes in one transaction. No two starts in it share an id or an idempotency key.
+
+    by: the incarnation that writes, if it looks for mail to its own runs by itself, right after: nobody else waits
+        for such mail, so nobody is woken for it.
+    """
 
     starts: Sequence[Start] = ()
     sends: Sequence[Send] = ()
     turns: Sequence[Turn] = ()
+    by: str | None = None
 
 
 class Claim(_Fact, frozen=True, kw_only=True):
@@ -145,6 +150,7 @@ class Claim(_Fact, frozen=True, kw_only=True):
 
     alone: also runs with two strikes, which must be executed with nothing beside them (one such run at most,
         and then nothing else, comes back); without it they are passed over. Runs with three are never claimed.
+    only_suspects: nothing but one run with two strikes, whatever waits before it: for a process of its own.
     """
 
     incarnation: str
@@ -155,16 +161,22 @@ class Claim(_Fact, frozen=True, kw_only=True):
     limit: int = 100
     max_bytes: int = 32_000_000
     alone: bool = False
+    only_suspects: bool = False
 
 
 class Announced(_Fact, frozen=True, kw_only=True):
-    """A workflow or activity that a worker serves, with what a client without its code needs to start it."""
+    """A workflow or activity that a worker serves, with what a client without its code needs to start it.
+
+    queue: where its runs go unless told otherwise. live, queues: answered, whether any living worker serves it, and
+    the queues from which those take.
+    """
 
     name: str
     kind: str = "workflow"
     queue: str = "default"
     signature: Any = None
     live: bool = True
+    queues: Sequence[str] = ()
 
 
 class Announcement(_Fact, frozen=True, kw_only=True):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 from perdure.core.retry import moment
-from perdure.core.turn import Mail, Row
+from perdure.core.turn import Announced, Mail, Row
 from perdure.core.waits import Wait, read_waits
 
 
@@ -15,15 +15,31 @@ from perdure.core.waits import Wait, read_waits
 class Surroundings:
     """What the sentence needs beyond the row.
 
-    served: workflow names (and activity names) that a living worker serves; announced: that any worker ever did.
-    worker: name of the living owner, None if there is none. mail: unread. children: status by child run id.
+    taken: every workflow name (and activity name) that any worker ever announced, with the queues from which the
+    living workers that serve it take; none if none lives. worker: name of the living owner, None if there is none.
+    mail: unread. children: the live ones, by run id.
     """
 
-    served: frozenset[str]
-    announced: frozenset[str]
+    taken: Mapping[str, Collection[str]]
     worker: str | None
     mail: Sequence[Mail]
-    children: Mapping[str, str]
+    children: Mapping[str, Row]
+
+    def serves(self, name: str) -> bool:
+        """Whether a living worker serves this workflow or activity, from any queue."""
+        return bool(self.taken.get(name))
+
+    def takes(self, name: str, queue: str) -> bool:
+        """Whether one of them takes from this queue."""
+        return queue in self.taken.get(name, ())
+
+
+def taken_from(announced: Iterable[Announced]) -> dict[str, set[str]]:
+    """The queues of each name, from what a store says was announced."""
+    taken: dict[str, set[str]] = {}
+    for each in announced:
+        taken.setdefault(each.name, set()).update(each.queues)
+    return taken
 
 
 def why(row: Row, now: int, around: Surroundings) -> str:
@@ -48,17 +64,19 @@ def _ready(row: Row, now: int, around: Surroundings) -> str:
     since = f"since {_length(now - row.created_at)}"
     run = f"Run {row.id}, begun {_length(now - (row.started_at or now))} ago," if begun else f"Run {row.id}"
     what = "workflow" if row.kind == "workflow" else "activity"
-    if row.workflow not in around.served:
-        waits = "waits for another worker" if begun else f"waits for a worker {since}"
-        if row.workflow in around.announced:
+    waits = "waits for another worker" if begun else f"waits for a worker {since}"
+    if not around.serves(row.workflow):
+        if row.workflow in around.taken:
             return (
                 f'{run} {waits}: none that serves {what} "{row.workflow}" lives now; start one with `perdure worker`.'
             )
         return f'{run} {waits}: nobody has ever announced {what} "{row.workflow}"; start a worker that serves it.'
+    if not around.takes(row.workflow, row.queue):
+        return f"{run} {waits}: {_wrong_queue(row.workflow, row.queue, around)}."
     if row.strikes >= 2:
         return (
             f"{run} waits to be executed alone, because it killed its worker {row.strikes} times; "
-            "a worker takes it when nothing else of its is executing."
+            "a worker gives it a process of its own, an engine takes it when nothing else of its is executing."
         )
     return (
         f'{run} waits for room in a worker{"" if begun else f" {since}"}: workers serve "{row.workflow}", '
@@ -113,12 +131,12 @@ def _unknown(row: Row, now: int, around: Surroundings) -> str:
 
 def _waiting(row: Row, now: int, around: Surroundings) -> str:
     waits = read_waits(row.waits)
-    if row.owner is None and row.workflow not in around.served and around.mail:
+    if row.owner is None and not around.takes(row.workflow, row.queue) and around.mail:
         number = len(around.mail)
-        return (
-            f"Run {row.id} has {number} unread {'message' if number == 1 else 'messages'}, but no worker that serves "
-            f'"{row.workflow}" lives now; start one with `perdure worker`.'
-        )
+        unread = f"Run {row.id} has {number} unread {'message' if number == 1 else 'messages'}"
+        if around.serves(row.workflow):
+            return f"{unread}: {_wrong_queue(row.workflow, row.queue, around)}."
+        return f'{unread}, but no worker that serves "{row.workflow}" lives now; start one with `perdure worker`.'
     if waits.restless:
         return (
             f"Run {row.id} was interrupted because its code did not rest ({waits.restless}); it is tried again in "
@@ -136,8 +154,10 @@ def _waiting(row: Row, now: int, around: Surroundings) -> str:
     if waits.cancel is not None:
         reason = f' ("{waits.cancel}")' if waits.cancel else ""
         sentence += f" It was asked to cancel{reason} and has not ended: its code ignores that or is cleaning up."
-    if row.workflow not in around.served:
+    if not around.serves(row.workflow):
         sentence += f' No worker that serves "{row.workflow}" lives now.'
+    elif not around.takes(row.workflow, row.queue):
+        sentence += f' No living worker that serves "{row.workflow}" takes from its queue "{row.queue}".'
     return sentence
 
 
@@ -157,8 +177,8 @@ def _wait_signal(row: Row, wait: Wait, now: int, around: Surroundings) -> str:
 
 
 def _wait_child(row: Row, wait: Wait, now: int, around: Surroundings) -> str:
-    status = around.children.get(wait.run)
-    state = f", which is {status}" if status else ""
+    child = around.children.get(wait.run)
+    state = f", which is {child.status}" if child is not None else ""
     return (
         f'waits in "{wait.step}"{_site(wait)} for child run {wait.run}{state}, since {_length(now - wait.since)}; '
         f"see `perdure why {wait.run}`."
@@ -166,7 +186,13 @@ def _wait_child(row: Row, wait: Wait, now: int, around: Surroundings) -> str:
 
 
 def _wait_activity(row: Row, wait: Wait, now: int, around: Surroundings) -> str:
-    if wait.name not in around.served:
+    activity = around.children.get(wait.run)
+    if around.serves(wait.name) and activity is not None and not around.takes(wait.name, activity.queue):
+        return (
+            f'waits in "{wait.step}"{_site(wait)} for activity "{wait.name}" since {_length(now - wait.since)}: '
+            f"{_wrong_queue(wait.name, activity.queue, around)}."
+        )
+    if not around.serves(wait.name):
         return (
             f'waits in "{wait.step}"{_site(wait)} for activity "{wait.name}" since {_length(now - wait.since)}; '
             "no living worker serves it: start one."
@@ -221,6 +247,15 @@ _WAITS = {
     "timer": _wait_timer,
     "nothing": _wait_nothing,
 }
+
+
+def _wrong_queue(name: str, queue: str, around: Surroundings) -> str:
+    """Workers serve this name, but not from the queue in which its run is."""
+    others = ", ".join(f'"{each}"' for each in sorted(around.taken[name]))
+    return (
+        f'workers that serve "{name}" live, but none of them takes from queue "{queue}" (they take from {others}); '
+        f"start one with `perdure worker --queue {queue}`"
+    )
 
 
 def _site(wait: Wait) -> str:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from hashlib import blake2b
+from threading import get_ident
 from typing import Any, Concatenate, Final, Generic, ParamSpec, Protocol, TypeVar, overload
 
 import msgspec
@@ -92,7 +93,9 @@ class _Asking:
 
     def _checked(self, id: str, what: str = "a step id") -> Line:
         facts = self._facts
-        facts.may_speak(what)
+        # As `may_speak`, which says why not.
+        if facts.line.dead or facts.where.inside != get_ident() or _collecting.thread:
+            facts.may_speak(what)
         if type(id) is not str or not id.isprintable() or not 0 < len(id) <= 255:
             check_id(id, what)
         return facts.line
@@ -210,7 +213,7 @@ class Facts:
     """What the contexts of one run share; made by the play, told by it when the run is over."""
 
     __slots__ = (
-        *("host", "input_first", "known", "limits", "line", "raised", "random", "run", "seed", "uuids"),
+        *("host", "input_first", "known", "limits", "line", "raised", "random", "run", "seed", "uuids", "where"),
         "without_transactions",
     )
 
@@ -218,6 +221,8 @@ class Facts:
         self, *, host: Host, run: ThisRun, seed: str, limits: Limits, known: Mapping[str, Workflow[Any, Any]]
     ) -> None:
         self.host = host
+        # The one of the two that keeps `inside`: the loop of an async run, else the driver.
+        self.where: Any = getattr(host, "loop", host)
         self.line = host.line
         self.run = run
         self.seed = seed
@@ -237,7 +242,7 @@ class Facts:
                 raise Evicted(f"Run {self.run.id} has left memory.")
             self.host.hold()
             return
-        ident = threading.get_ident()
+        ident = get_ident()
         if self.host.inside != ident:
             if self.host.stopped is not None:
                 self.raised += 1
@@ -476,7 +481,7 @@ class Step(_Asking):
     __slots__ = ()
 
     def _operation(self, op: Op) -> Operation[Any]:
-        return Operation(op, self._facts.host.loop)  # type: ignore[attr-defined]
+        return Operation(op, self._facts.where)
 
     def options(self, **options: Any) -> Step:
         """The same `step` with settings in front of your own arguments.
@@ -497,7 +502,7 @@ class Step(_Asking):
     def run(self, id: str, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Operation[R]: ...
     def run(self, id: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Operation[Any]:
         """Run `fn(*args, **kwargs)` here; once its outcome is recorded it never runs again."""
-        return self._operation(self._local(id, fn, args, kwargs))
+        return Operation(self._local(id, fn, args, kwargs), self._facts.where)
 
     @overload
     def transaction(

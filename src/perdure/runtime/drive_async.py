@@ -47,12 +47,13 @@ class AsyncDriver:
         else:
             coroutine = body()
         # From an empty context: what the caller's context holds would be there in the first life only.
-        self.main = contextvars.Context().run(lambda: RunTask(coroutine, loop=self.loop, name="main"))
+        self.main = contextvars.Context().run(_main_task, coroutine, self.loop)
 
-    def run(self) -> None:
-        """Let the code go on until it rests or has returned."""
+    def run(self) -> bool:
+        """Let the code go on until it rests or has returned; whether it has."""
         if self.loop.ready:
             self.loop.run_to_rest(self.main)
+        return self.main is not None and self.main.done()
 
     @property
     def over(self) -> bool:
@@ -91,6 +92,10 @@ class AsyncDriver:
         survivors.extend(self.loop.close_all())
         if self._generator is not None and not _generator_closed(self._generator):
             survivors.append(self._generator)
+
+
+def _main_task(coroutine: Any, loop: RunLoop) -> RunTask:
+    return RunTask(coroutine, loop=loop, name="main")
 
 
 def _generator_closed(generator: Generator[Any, Any, Any]) -> bool:

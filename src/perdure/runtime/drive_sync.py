@@ -35,50 +35,62 @@ class BodyThreads:
         """Whether all threads are taken, so that waiting bodies should give theirs back."""
         return self.busy >= self.limit
 
-    def run(self, job: Callable[[], None]) -> None:
-        """Run the job in a thread at once."""
+    def run(self, job: Callable[[], None]) -> _BodyThread:
+        """Run the job in a thread at once: in this one."""
         with self._lock:
             self.busy += 1
             thread = self._idle.pop() if self._idle else None
         if thread is None:
             thread = _BodyThread(self)
         thread.give(job)
+        return thread
 
     def done(self, thread: _BodyThread) -> bool:
-        """A thread is free again; False: more than enough are idle, it should end."""
+        """A thread is free again; False: more than enough are idle, or it was lost; it should end."""
         with self._lock:
+            thread.job = None
+            if thread.lost:
+                return False
             self.busy -= 1
             if len(self._idle) >= self.limit:
                 return False
             self._idle.append(thread)
             return True
 
-    def lose(self) -> None:
-        """A thread that will never come back no longer counts."""
+    def lose(self, thread: _BodyThread, job: Callable[[], None]) -> None:
+        """A thread that may never come back from this job no longer counts. Twice is once."""
         with self._lock:
-            self.busy -= 1
+            if thread.job is job and not thread.lost:
+                thread.lost = True
+                self.busy -= 1
+
+    def regain(self, thread: _BodyThread, job: Callable[[], None]) -> None:
+        """It has come back all the same, and goes on with its job."""
+        with self._lock:
+            if thread.job is job and thread.lost:
+                thread.lost = False
+                self.busy += 1
 
 
 class _BodyThread:
     def __init__(self, pool: BodyThreads) -> None:
         self._pool = pool
-        self._job: Callable[[], None] | None = None
+        self.job: Callable[[], None] | None = None
+        self.lost = False
         self._ready = threading.Lock()
         self._ready.acquire()
         threading.Thread(target=self._serve, name="perdure-body", daemon=True).start()
 
     def give(self, job: Callable[[], None]) -> None:
-        self._job = job
+        self.job = job
         self._ready.release()
 
     def _serve(self) -> None:
         while True:
             self._ready.acquire()
-            job, self._job = self._job, None
-            if job is not None:
+            if self.job is not None:
                 # Each body in a context of its own: nothing leaks from one run into the next.
-                contextvars.Context().run(job)
-            del job
+                contextvars.Context().run(self.job)
             if not self._pool.done(self):
                 return
 
@@ -97,6 +109,8 @@ class SyncDriver:
         self._to_driver.acquire()
         self._body: Callable[[], Any] | None = None
         self._started = False
+        self._thread: _BodyThread | None = None
+        self._job: Callable[[], None] = self._main
         self._inside = 0
         self._ready: Callable[[], bool] | None = None
         self._ops: Sequence[Op] = ()
@@ -110,25 +124,26 @@ class SyncDriver:
     # --- the driver's side ---
 
     def hold(self) -> None:
-        self.threads.lose()
+        self.leave()
         threading.Event().wait()
 
     def start(self, body: Callable[[], Any], *, generator: bool = False) -> None:
         self._body = body
 
-    def run(self) -> None:
-        """Let the body go on until it rests: while its wait is resolved, or a cancellation is due."""
+    def run(self) -> bool:
+        """Let the body go on until it rests: it waits, and is not to be cancelled. Whether it is over."""
         if self._over or self.suspended:
-            return
+            return self._over
         if not self._started:
             if self._body is None:
-                return
+                return False
             self._started = True
-            self.threads.run(self._main)
+            self._thread = self.threads.run(self._job)
             self._to_driver.acquire()
         while self._can_go_on():
             self._to_body.put(None)
             self._to_driver.acquire()
+        return self._over
 
     def _can_go_on(self) -> bool:
         return not self._over and self.executing is None and self._resolved()
@@ -171,6 +186,13 @@ class SyncDriver:
         """The function has returned: the body's thread is the body's again."""
         if self.executing is op:
             self.executing = None
+        if self._thread is not None:
+            self.threads.regain(self._thread, self._job)
+
+    def leave(self) -> None:
+        """Nobody waits any more for the function that executes: its thread is replaced until it returns."""
+        if self._thread is not None:
+            self.threads.lose(self._thread, self._job)
 
     @property
     def inside(self) -> int:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final, NoReturn
 
 from perdure.core.errors import NeverRests
-from perdure.core.match import CANCELLED, Line, Op
+from perdure.core.match import CANCELLED, DONE, Line, Op
 from perdure.core.retry import LONGEST
 
 log = logging.getLogger("perdure.runtime")
@@ -90,11 +90,13 @@ class StepWait:
 
     def cancel(self, msg: Any = None) -> bool:
         """Give the step up; False if it has ended."""
-        if self.given_up is not None or self.op.over:
+        op = self.op
+        if self.given_up is not None or op.state >= DONE:
             return False
-        self.loop.line.cancel(self.op)
+        self.loop.line.cancel(op)
         self.given_up = () if msg is None else (msg,)
-        if not self.op.over and self._callback is not None:
+        if op.state < DONE and self._callback is not None:
+            # The line is dead: only the task that waits hears of it.
             self.loop.ready.append(self)
         return True
 
@@ -220,9 +222,7 @@ class RunLoop(asyncio.AbstractEventLoop):
         for task in self.tasks:
             # asyncio's own mark, which its logging at the collection of a task goes by.
             if task.done() and getattr(task, "_log_traceback", False):
-                self.call_exception_handler(
-                    {"message": "an exception in a task was never retrieved", "exception": task.exception()}
-                )
+                tell_unheard(self.line.run_id, "an exception in a task was never retrieved", task.exception())
 
     def close_all(self) -> list[Any]:
         """Close every coroutine, newest task first; what survives ten tries is returned."""
@@ -322,11 +322,11 @@ class RunLoop(asyncio.AbstractEventLoop):
         return self.closed
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """Log what nobody retrieved, once, in life only."""
+        """Keep what nobody caught, in life only: it is logged once, when the turn in which it happened is recorded."""
         if self.line.replaying or self.line.dead or self.closed:
             return
-        error = context.get("exception")
-        log.error("run %s: %s", self.line.run_id, context.get("message", "unhandled error"), exc_info=error)
+        told = (context.get("message", "unhandled error"), context.get("exception"))
+        self.line.unheard = (*self.line.unheard, told)
 
     default_exception_handler = call_exception_handler
 
@@ -338,6 +338,11 @@ class RunLoop(asyncio.AbstractEventLoop):
 
     async def shutdown_asyncgens(self) -> None:
         """Nothing to do: generators are kept until the run ends."""
+
+
+def tell_unheard(run_id: str, message: str, error: BaseException | None) -> None:
+    """Log an error of a run's code that nobody caught."""
+    log.error("run %s: %s", run_id, message, exc_info=error)
 
 
 def _closed(task: RunTask) -> bool:

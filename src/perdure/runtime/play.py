@@ -93,6 +93,13 @@ class Play:
         """Whether nothing more can be delivered: the code has ended, differs or did not rest."""
         return self.end is not None or self.line.difference is not None or self.restless
 
+    def begin(self, started: ev.Started) -> None:
+        """Begin a life that has no record yet but its `started`."""
+        self.line.open(started.at, number=1, last=True)
+        self._deliver(started, UNSET)
+        if self._kept is not None:
+            self._kept.append(started)
+
     def replay(self, events: Sequence[ev.Event]) -> Iterator[None]:
         """Bring the code to the end of the recorded line, yielding now and then so that others get their turn.
 
@@ -126,7 +133,13 @@ class Play:
 
     def deliver(self, event: ev.Input, value: Any = UNSET) -> None:
         """Let one input reach the code, in life. value: the decoded value of an outcome, where it is at hand."""
-        self.line.open(event.at)
+        line = self.line
+        line.open(event.at)
+        if value is not UNSET and not line.timers and self._kept is None:
+            # What most inputs are: the value of a step, for an async run. As `_deliver`, without looking around.
+            line.complete(event.step, value)  # type: ignore[union-attr]  # only outcomes have a value
+            self._run()
+            return
         self._deliver(event, value)
         if self._kept is not None:
             self._kept.append(event)
@@ -162,32 +175,45 @@ class Play:
             self._start(event)
             driver = self.driver
         else:
-            left = MOST_CALLBACKS
-            while line.timers and line.fire():
-                self._run()
-                left -= 1
-                if left == 0:
-                    # Each timer sets another one for the same instant.
-                    self.restless = True
-                if self._stopped():
-                    return
+            if line.timers and not self._fire_all():
+                return
             # A second request does not interrupt the cleanup that the first one began.
-            asked_before = line.cancel_requested
+            first_request = type(event) is ev.CancelRequested and not line.cancel_requested
             line.apply(event, value)
-            if type(event) is ev.CancelRequested and not asked_before:
+            if first_request:
                 driver.cancel()
         self._run()
-        if not self._stopped() and driver is not None and driver.wants_body and not self._rebuilding:
+        # Only a sync body may be elsewhere.
+        if (
+            self._kept is not None
+            and driver is not None
+            and driver.wants_body
+            and not (self._rebuilding or self._stopped())
+        ):
             self._rebuild(event, value)
 
+    def _fire_all(self) -> bool:
+        """Fire the timers that are due, each to rest before the next; False if that has stopped the code."""
+        left = MOST_CALLBACKS
+        while self.line.fire():
+            self._run()
+            left -= 1
+            if left == 0:
+                # Each timer sets another one for the same instant.
+                self.restless = True
+            if self._stopped():
+                return False
+        return True
+
     def _run(self) -> None:
-        assert self.driver is not None
+        driver = self.driver
+        assert driver is not None
         try:
-            self.driver.run()
+            over = driver.run()
         except NeverRests:
             self.restless = True
             return
-        if self.driver.over and self.end is None and self.line.difference is None:
+        if over and self.end is None and self.line.difference is None:
             self._finish()
 
     def _stopped(self) -> bool:
@@ -270,7 +296,7 @@ class Play:
             for _ in self.replay(recorded):
                 pass
             line = self.line
-            line.digests_differ.clear()
+            line.digests_differ = ()
             if line.difference is not None:
                 return
             # What the first life began is known to the worker; only this input's doing is new.

@@ -214,9 +214,9 @@ class Registry:
     ) -> None:
         self.workflows: dict[str, Workflow[Any, Any]] = {}
         self.activities: dict[str, Activity[Any, Any]] = {}
-        for given in workflows:
+        for given in several(workflows, "workflows="):
             self._add(given, "workflows=")
-        for given_activity in activities:
+        for given_activity in several(activities, "activities="):
             self._add(given_activity, "activities=")
 
     def _add(self, given: Any, what: str) -> None:
@@ -235,6 +235,16 @@ class Registry:
                 f"{what} got {given!r}. It takes functions decorated with @workflow or @activity, or modules that hold "
                 "some. Decorate the function, or pass its module."
             )
+
+
+def several(given: Any, what: str) -> list[Any]:
+    """`given` as a list; a TypeError that says so where it is a single thing."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        shown = "" if given is None else getattr(given, "__name__", None) or repr(given)
+        raise TypeError(
+            f"{what} got {given!r}. It takes several, also where there is only one. Pass a list: {what}[{shown}]."
+        )
+    return list(given)
 
 
 def _put(table: dict[str, Any], value: Any, what: str) -> None:

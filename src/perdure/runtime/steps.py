@@ -6,18 +6,18 @@ they wait for it. The specs here are the runtime's half of an `Op`.
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import hashlib
 import inspect
 import os
 import sys
-import weakref
 from collections.abc import Callable, Mapping
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import FunctionType
 from typing import Any, Final
+from weakref import ref
 
 import msgspec
 from msgspec import Raw
@@ -61,10 +61,11 @@ class Policy:
     """How a step's function is tried, and how its outcome is read: the same for every call of it without options."""
 
     # Not the function itself: what is remembered of it must not keep it.
-    __slots__ = ("__weakref__", "name", "raises", "retry", "returns", "timeout", "total_timeout")
+    __slots__ = ("__weakref__", "name", "on_loop", "raises", "retry", "returns", "timeout", "total_timeout")
 
     def __init__(self, fn: Any, options: Options) -> None:
         own: Any = fn if isinstance(fn, Activity) else _Plain
+        self.on_loop = is_async(fn.fn if isinstance(fn, Activity) else fn)
         self.name = name_of(fn)
         self.retry: Retry = options.retry or own.retry
         self.timeout: timedelta | None = options.timeout if options.timeout is not None else own.timeout
@@ -87,23 +88,27 @@ class _Plain:
     raises: tuple[type[BaseException], ...] = ()
 
 
-_policies: weakref.WeakKeyDictionary[Any, Policy] = weakref.WeakKeyDictionary()
+_policies: Final[dict[ref[Any], Policy]] = {}
 
 
 def policy_of(fn: Any, options: Options) -> Policy:
     """The policy of a step's function; remembered for functions and activities that are called without options."""
     if options is not NO_OPTIONS or type(fn) not in (FunctionType, Activity):
         return Policy(fn, options)
-    known = _policies.get(fn)
+    known = _policies.get(ref(fn))
     if known is None:
-        known = _policies[fn] = Policy(fn, options)
+        known = _policies[ref(fn, _forget)] = Policy(fn, options)
     return known
+
+
+def _forget(fn: ref[Any]) -> None:
+    _policies.pop(fn, None)
 
 
 class LocalCall:
     """A step's function with its arguments and policy, to be executed in this process."""
 
-    __slots__ = ("args", "context", "fn", "kwargs", "limits", "raises", "retry", "returns", "timeout", "total_timeout")
+    __slots__ = ("args", "context", "fn", "kwargs", "limits", "policy")
 
     def __init__(
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], policy: Policy, limits: Limits
@@ -111,23 +116,21 @@ class LocalCall:
         self.fn = fn
         self.args = args
         self.kwargs = kwargs
-        self.retry = policy.retry
-        self.timeout = policy.timeout
-        self.total_timeout = policy.total_timeout
-        self.returns = policy.returns
-        self.raises = policy.raises
+        self.policy = policy
         self.limits = limits
-        self.context = contextvars.copy_context()
+        self.context = copy_context()
 
     def encode(self, value: Any, step: str) -> tuple[bytes, Any]:
         """The stored result of the function, and what the code will see of it."""
-        return self.returns.roundtrip(value, f'the result of step "{step}"', self.limits)
+        limits = self.limits
+        plan = self.policy.returns
+        return plan.quickly(value, limits) or plan.roundtrip(value, f'the result of step "{step}"', limits)
 
     def decode(self, raw: Raw) -> Any:
-        return self.returns.decode(bytes(raw), "the step's result")
+        return self.policy.returns.decode(bytes(raw), "the step's result")
 
     def fail(self, step: str, event: Any) -> BaseException:
-        return failure.raised(event.error, step, self.raises, attempts=event.attempt)
+        return failure.raised(event.error, step, self.policy.raises, attempts=event.attempt)
 
 
 class Length:
@@ -161,9 +164,12 @@ class ActivityPolicy:
 
 
 class RemoteCall:
-    """A child run or a dispatched activity: what the start needs beyond the command, and how its end is read."""
+    """A child run or a dispatched activity: what the start needs beyond the command, and how its end is read.
 
-    __slots__ = ("idempotency_key", "policy", "raises", "returns", "run", "timeout")
+    elsewhere: its code is not here, and what it was given no queue and no timeout for is what was announced.
+    """
+
+    __slots__ = ("elsewhere", "idempotency_key", "policy", "raises", "returns", "run", "timeout")
 
     def __init__(
         self,
@@ -174,7 +180,9 @@ class RemoteCall:
         policy: Any = None,
         run: str = "",
         idempotency_key: str | None = None,
+        elsewhere: bool = False,
     ) -> None:
+        self.elsewhere = elsewhere
         self.returns = returns
         self.raises = raises
         self.timeout = timeout
@@ -244,7 +252,7 @@ def local(
     id: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, limits: Limits, site: str
 ) -> Op:
     """A step that runs here."""
-    if isinstance(fn, Workflow):
+    if type(fn) is not FunctionType and isinstance(fn, Workflow):
         raise TypeError(
             f'ctx.step.run("{id}", …) got the workflow {fn.name}, which is no function of a step. A workflow needs a '
             "run of its own. Start it as a child, with ctx.step.run_workflow."
@@ -339,6 +347,7 @@ def child(
         returns=returns,
         timeout=options.timeout if options.timeout is not None else (workflow.timeout if workflow else None),
         idempotency_key=options.idempotency_key,
+        elsewhere=workflow is None,
     )
     name = workflow.name if workflow is not None else str(target)
     op = Op("child", id, name=name, site=site, digest=codec.digest64(args, kwargs), spec=spec)
@@ -346,7 +355,7 @@ def child(
         op.input = workflow.signature.encode(args, kwargs, limits=limits)
     else:
         op.input = _FREE.encode(args, kwargs, limits=limits)
-    op.queue = str(options.queue if options.queue is not None else (workflow.queue if workflow else "default"))
+    op.queue = str(options.queue if options.queue is not None else (workflow.queue if workflow else ""))
     op.run = options.id if options.id is not None else child_id(parent, id)
     spec.run = op.run
     op.awaited = awaited

@@ -117,6 +117,9 @@ class Store(Protocol):
     def write(self, batch: Batch) -> list[Verdict]:
         """Write one batch in one transaction (promises 1 to 6)."""
 
+    def write_at_once(self, batch: Batch) -> list[Verdict]:
+        """As `write`, but `StoreLocked` instead of waiting for anybody else who is writing, or for a network."""
+
     def transaction(self, turn: Turn) -> OpenTransaction | TurnVerdict:
         """Begin a transaction for a step and fence it by this turn, or answer why not (promise 13).
 
@@ -185,7 +188,10 @@ class Store(Protocol):
         """Live runs past their `deadline_at`, and unowned ones with three strikes not yet quarantined."""
 
     def announced(self, namespace: str) -> list[Announced]:
-        """Everything any worker of the namespace ever announced; `live` if one that serves it lives now."""
+        """Everything any worker of the namespace ever announced; `live` if one that serves it lives now.
+
+        `queues`: from which queues the living ones that serve it take, sorted.
+        """
 
     def worker(self, incarnation: str) -> str | None:
         """A living worker's own name, for people to read; None if it is dead or unknown."""

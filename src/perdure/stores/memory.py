@@ -124,6 +124,9 @@ class MemoryStore:
 
     # --- writing ---
 
+    def write_at_once(self, batch: Batch) -> list[Verdict]:
+        return self.write(batch)
+
     def write(self, batch: Batch) -> list[Verdict]:
         with self._transaction():
             now = self.now()
@@ -356,7 +359,9 @@ class MemoryStore:
             now = self.now()
             offered = [run for run in self._unowned() if _serves(claim, run.row) and _is_claimable(run, now)]
             offered.sort(key=lambda run: (-run.row.priority, run.row.key))
-            if not claim.alone or not offered or offered[0].row.strikes < ALONE:
+            if claim.only_suspects:
+                offered = [run for run in offered if run.row.strikes == ALONE][:1]
+            elif not claim.alone or not offered or offered[0].row.strikes < ALONE:
                 offered = [run for run in offered if run.row.strikes < ALONE]
             else:
                 offered = offered[:1]
@@ -510,14 +515,13 @@ class MemoryStore:
     def announced(self, namespace: str) -> list[Announced]:
         with self._transaction():
             now = self.now()
-            live = {
-                (served.kind, served.name)
-                for worker in self._workers.values()
-                if worker.announcement.namespace == namespace and _beats(worker, now)
-                for served in worker.announcement.serves
-            }
+            live: dict[tuple[str, str], set[str]] = {}
+            for worker in self._workers.values():
+                if worker.announcement.namespace == namespace and _beats(worker, now):
+                    for served in worker.announcement.serves:
+                        live.setdefault((served.kind, served.name), set()).update(worker.announcement.queues)
             return [
-                replace(served, live=(kind, name) in live)
+                replace(served, live=(kind, name) in live, queues=tuple(sorted(live.get((kind, name), ()))))
                 for (where, kind, name), served in sorted(self._served.items())
                 if where == namespace
             ]

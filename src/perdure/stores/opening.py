@@ -33,12 +33,28 @@ def open_store(url_or_store: str | Store | None = None) -> Store:
         return _opened(os.environ.get(VARIABLE, DEFAULT), said_by=f"in {VARIABLE}")
     if isinstance(url_or_store, str):
         return _opened(url_or_store, said_by="given")
-    if isinstance(url_or_store, os.PathLike):
+    checked = check_store(url_or_store)
+    assert checked is not None
+    assert not isinstance(checked, str)
+    return checked
+
+
+def check_store(given: str | Store | None) -> str | Store | None:
+    """What was given, if it can name a store or be one; `NotAStore` if it is something else."""
+    if given is None or isinstance(given, str):
+        return given
+    if isinstance(given, os.PathLike):
         raise NotAStore(
-            f"{os.fspath(url_or_store)!r} is a path, no store URL. A store is a URL or a store object. "
+            f"{os.fspath(given)!r} is a path, no store URL. A store is a URL or a store object. "
             "Write sqlite:///relative.db or sqlite:////absolute.db, or pass SQLiteStore(path)."
         )
-    return url_or_store
+    if isinstance(given, type) or not (hasattr(given, "write") and hasattr(given, "claim")):
+        what = "A list" if isinstance(given, (list, tuple)) else f"{given!r}"
+        raise NotAStore(
+            f"{what} is no store. A store is a URL or a store object, and comes first. "
+            f'Write "{DEFAULT}", or pass SQLiteStore(path).'
+        )
+    return given
 
 
 def _opened(url: str, *, said_by: str) -> Store:

@@ -89,9 +89,9 @@ class ActivityRun:
     def _begin(self) -> None:
         execution = self.execution
         assert execution is not None
-        if execution.call.timeout is not None:
+        if execution.call.policy.timeout is not None:
             execution.timer = self.shift.loop.call_later(
-                execution.call.timeout.total_seconds(), self._out_of_time, execution
+                execution.call.policy.timeout.total_seconds(), self._out_of_time, execution
             )
         self.shift.executor.begin(execution)
 
@@ -107,18 +107,20 @@ class ActivityRun:
         self.seen.append(mail.id)
         if mail.kind == "cancel" and self.flight is None and not self.gone:
             self.cancelled = True
-            if self.execution is not None:
+            # Its function is cancelled when that is recorded, as this leaves memory; one not begun never begins.
+            if self.execution is not None and not self.execution.counted:
                 self.shift.abandon(self.execution)
             self._end("cancelled", None, RecordedError(type="Cancelled", message="its parent gave it up"))
 
     def _out_of_time(self, execution: Execution) -> None:
         execution.timer = None
-        self.shift.abandon(execution)
+        if self.gone or self.flight is not None:
+            return
         self._failed(
             execution,
             RecordedError(
                 type="TimeoutError",
-                message=f"Attempt {execution.attempt} took longer than its timeout of {execution.call.timeout}.",
+                message=f"Attempt {execution.attempt} took longer than its timeout of {execution.call.policy.timeout}.",
                 kind="timed_out",
             ),
             None,
@@ -142,12 +144,12 @@ class ActivityRun:
         call = execution.call
         spread = self.shift.spread()
         if error is not None:
-            delay = retry.decide(call.retry, error, self.attempt, spread)
+            delay = retry.decide(call.policy.retry, error, self.attempt, spread)
         else:
-            delay = retry.backoff(call.retry, self.attempt, spread=spread)
+            delay = retry.backoff(call.policy.retry, self.attempt, spread=spread)
         now = self.shift.now()
-        if delay is not None and call.total_timeout is not None:
-            over = self.row.created_at + retry.micros(call.total_timeout)
+        if delay is not None and call.policy.total_timeout is not None:
+            over = self.row.created_at + retry.micros(call.policy.total_timeout)
             if now + retry.micros(delay) >= over:
                 delay = None
                 recorded = RecordedError(
@@ -164,7 +166,7 @@ class ActivityRun:
             since=now,
             until=retry_at,
             attempt=self.attempt + 1,
-            attempts=call.retry.max_attempts,
+            attempts=call.policy.retry.max_attempts,
             error=f"{recorded.type}: {recorded.message[:200]}",
         )
         self._commit(

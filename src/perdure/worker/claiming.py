@@ -66,15 +66,18 @@ class Watcher:
         # What was claimed and is not received yet executes in a moment.
         busy = bool(shift.executing or len(shift.residents) > len(shift.parked) or shift.claiming > shift.taken)
         # A run under suspicion is executed with nothing beside it.
+        suspects = shift.settings.suspects
         claim = Claim(
             incarnation=shift.incarnation,
             namespace=shift.settings.namespace,
             queues=shift.settings.queues,
             workflows=list(shift.registry.workflows),
             activities=list(shift.registry.activities),
-            alone=shift.settings.alone or not busy,
+            alone=suspects == "only" or (suspects == "here" and not busy),
+            only_suspects=suspects == "only",
         )
-        self._make_way(busy, claim)
+        if suspects == "here":
+            self._make_way(busy, claim)
         room = min(shift.room, MOST_CLAIMED)
         if room <= 0:
             return []
@@ -143,7 +146,7 @@ class Housekeeper:
             moved += 1
         self._look_for_ended()
         moved += self._hand_strays_back()
-        self.shift._soon(self._name_long_steps)
+        self.shift._soon(self._look_around)
         return moved
 
     def _look_for_ended(self) -> None:
@@ -196,7 +199,8 @@ class Housekeeper:
             self.store.write(Batch(turns=turns))
         return len(turns)
 
-    def _name_long_steps(self) -> None:
+    def _look_around(self) -> None:
+        self.shift.look_at_clock()
         for resident in list(self.shift.residents.values()):
             if resident.executions:
                 resident.name_long_steps()

@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, Final
 
-from perdure.core.errors import PerdureError, StoreError
+from perdure.core.errors import PerdureError, StoreError, StoreLocked
 from perdure.core.turn import Batch, Kept, Mail, Send, Start, Turn, Verdict
 from perdure.stores.contract import Store
 
@@ -27,10 +28,16 @@ MOST: Final = 1000
 """Items in one batch: enough to share an fsync, few enough that the first does not wait for the last."""
 
 
+FEW: Final = 4
+QUICKLY: Final = 0.001
+"""Seconds: what the loop of a process may be held up by a batch that it writes itself."""
+
+
 class Committer:
     """See the module. `answer` hands a list of (callback, verdict) and new mail to the loop that waits for them.
 
     incarnation: whose mail is read after a batch that kept messages for runs it may own; None: nobody's.
+    One thread adds and one flushes; they may be two, and need no lock between them.
     """
 
     def __init__(
@@ -42,49 +49,75 @@ class Committer:
         owns: Callable[[int], bool] = lambda run: False,
     ) -> None:
         self.store = store
-        self.unanswered = 0
         self._answer = answer
         self._incarnation = incarnation
         self._owns = owns
-        self._lock = threading.Lock()
-        self._starts: list[tuple[Start, Answer]] = []
-        self._sends: list[tuple[Send, Answer]] = []
-        self._turns: list[tuple[Turn, Answer]] = []
+        self._starts: deque[tuple[Start, Answer]] = deque()
+        self._sends: deque[tuple[Send, Answer]] = deque()
+        self._turns: deque[tuple[Turn, Answer]] = deque()
+        # Each is counted by one thread: what was added by the one, what was answered by the other.
+        self._added = 0
+        self._answered = 0
+        self.took = QUICKLY
+        """Seconds that small batches took lately."""
         self.trouble: StoreError | None = None
         self.tries = 0
 
     def start(self, start: Start, answer: Answer) -> None:
         """Write a new run with the next batch."""
-        with self._lock:
-            self.unanswered += 1
-            self._starts.append((start, answer))
+        self._added += 1
+        self._starts.append((start, answer))
 
     def send(self, send: Send, answer: Answer) -> None:
         """Write a message with the next batch."""
-        with self._lock:
-            self.unanswered += 1
-            self._sends.append((send, answer))
+        self._added += 1
+        self._sends.append((send, answer))
 
     def turn(self, turn: Turn, answer: Answer) -> None:
         """Write a turn with the next batch; one that meets trouble is kept and tried again."""
-        with self._lock:
-            self.unanswered += 1
-            self._turns.append((turn, answer))
+        self._added += 1
+        self._turns.append((turn, answer))
+
+    @property
+    def unanswered(self) -> int:
+        """How many items wait to be written, or for their answer."""
+        return self._added - self._answered
 
     @property
     def waiting(self) -> bool:
         """Whether there is something to write."""
         return bool(self._turns or self._starts or self._sends)
 
-    def flush(self) -> bool:
-        """Write one batch of what is waiting; False if it met trouble, and turns wait for another try."""
+    @property
+    def few(self) -> bool:
+        """Whether so little waits, and has been written so quickly, that handing it to a thread would take longer."""
+        return self.took < QUICKLY and len(self._turns) + len(self._starts) + len(self._sends) <= FEW
+
+    def flush(self, *, at_once: bool = False) -> bool:
+        """Write one batch of what is waiting; False if it met trouble, and turns wait for another try.
+
+        at_once: only if nobody else is writing just now; else False, and everything waits as before.
+        """
         starts, sends, turns = self._gather()
+        began = time.monotonic()
         batch = Batch(
-            starts=[start for start, _ in starts], sends=[send for send, _ in sends], turns=[turn for turn, _ in turns]
+            starts=[start for start, _ in starts],
+            sends=[send for send, _ in sends],
+            turns=[turn for turn, _ in turns],
+            by=self._incarnation(),
         )
         items = [*(answer for _, answer in starts), *(a for _, a in sends), *(a for _, a in turns)]
         try:
-            verdicts: list[Verdict] = self.store.write(batch)
+            verdicts: list[Verdict] = self.store.write_at_once(batch) if at_once else self.store.write(batch)
+        except StoreLocked as error:
+            if at_once:
+                self._starts.extendleft(reversed(starts))
+                self._sends.extendleft(reversed(sends))
+                self._turns.extendleft(reversed(turns))
+                self.took = QUICKLY
+            else:
+                self._troubled(error, starts, sends, turns)
+            return False
         except PerdureError as error:
             self._troubled(error, starts, sends, turns)
             return False
@@ -102,8 +135,9 @@ class Committer:
             mail = ()
         self.trouble = None
         self.tries = 0
-        with self._lock:
-            self.unanswered -= len(items)
+        if len(items) <= FEW:
+            self.took += (time.monotonic() - began - self.took) / 4
+        self._answered += len(items)
         self._answer(list(zip(items, verdicts, strict=True)), mail)
         return True
 
@@ -113,21 +147,23 @@ class Committer:
         starts: list[tuple[Start, Answer]] = []
         later: list[tuple[Start, Answer]] = []
         ids: set[tuple[str, ...]] = set()
-        with self._lock:
-            turns, self._turns = self._turns[:MOST], self._turns[MOST:]
-            sends, self._sends = self._sends[:MOST], self._sends[MOST:]
-            for item in self._starts:
-                start = item[0]
-                names: set[tuple[str, ...]] = {("id", start.namespace, start.id)}
-                if start.idempotency_key is not None:
-                    names.add(("key", start.namespace, start.idempotency_scope, start.idempotency_key))
-                if len(starts) >= MOST or ids & names:
-                    # Two of one id or key are settled one after the other.
-                    later.append(item)
-                else:
-                    ids |= names
-                    starts.append(item)
-            self._starts = later
+        turns = [self._turns.popleft() for _ in range(min(len(self._turns), MOST))]
+        sends = [self._sends.popleft() for _ in range(min(len(self._sends), MOST))]
+        for _ in range(len(self._starts)):
+            if len(starts) >= MOST:
+                break
+            item = self._starts.popleft()
+            start = item[0]
+            names: list[tuple[str, ...]] = [(start.namespace, start.id)]
+            if start.idempotency_key is not None:
+                names.append((start.namespace, start.idempotency_scope, start.idempotency_key))
+            if ids.isdisjoint(names):
+                ids.update(names)
+                starts.append(item)
+            else:
+                # Two of one id or key are settled one after the other.
+                later.append(item)
+        self._starts.extendleft(reversed(later))
         return starts, sends, turns
 
     def _mail_for(self, sent: Sequence[Verdict], batch: Batch) -> Sequence[Mail]:
@@ -135,14 +171,19 @@ class Committer:
         incarnation = self._incarnation()
         if incarnation is None:
             return ()
-        if any(isinstance(verdict, Kept) and self._owns(verdict.run) for verdict in sent) or any(
-            turn.sends and any(self._concerns(send) for send in turn.sends) for turn in batch.turns
-        ):
-            return self.store.mail(incarnation)
-        return ()
-
-    def _concerns(self, send: Send) -> bool:
-        return not isinstance(send.to, int) or self._owns(send.to)
+        targets = [verdict.run for verdict in sent if isinstance(verdict, Kept)]
+        named = False
+        for turn in batch.turns:
+            for send in turn.sends:
+                if isinstance(send.to, int):
+                    targets.append(send.to)
+                else:
+                    named = True
+        here = [run for run in targets if self._owns(run)]
+        if len(here) < len(targets):
+            # Not ours, or claimed this moment and not here yet: the watcher looks.
+            self.store.wake()
+        return self.store.mail(incarnation) if here or named else ()
 
     def _troubled(
         self,
@@ -156,24 +197,35 @@ class Committer:
         if self.tries == 1:
             log.error("the store refused a batch, turns are kept and tried again: %s", error)
         # A caller is told; a turn is kept, because its run's work would be lost with it.
-        with self._lock:
-            self._turns[:0] = turns
-            self.unanswered -= len(starts) + len(sends)
+        self._turns.extendleft(reversed(turns))
+        self._answered += len(starts) + len(sends)
         self._answer([(answer, error) for _, answer in (*starts, *sends)], ())
 
 
 class CommitterThread:
-    """Calls `flush` when there is something to write; `kick` says so."""
+    """Calls `flush` when there is something to write; `kick` says so.
+
+    Waking a thread and being woken by it takes as long as a commit on a quick disk. So where little waits, nobody
+    else is writing, and the last such batches were quick, the one who kicks writes it himself.
+    """
 
     def __init__(self, committer: Committer) -> None:
         self.committer = committer
         self._wanted: SimpleQueue[None] = SimpleQueue()
         self._stopping = False
+        self._flushing = threading.Lock()
         self._thread = threading.Thread(target=self._serve, name="perdure-committer", daemon=True)
         self._thread.start()
 
     def kick(self) -> None:
-        """Something was added. Cheap, from any thread, as often as you like."""
+        """Something was added; from the thread that adds, as often as you like."""
+        committer = self.committer
+        if committer.few and self._flushing.acquire(blocking=False):
+            try:
+                if committer.waiting and committer.flush(at_once=True):
+                    return
+            finally:
+                self._flushing.release()
         self._wanted.put(None)
 
     def stop(self, timeout: float = 10) -> None:
@@ -186,7 +238,9 @@ class CommitterThread:
         while True:
             self._wanted.get()
             while self.committer.waiting:
-                if not self.committer.flush():
+                with self._flushing:
+                    written = self.committer.flush()
+                if not written:
                     # 50 ms doubling to 5 s: a store in trouble is not hammered.
                     pause = min(0.05 * 2 ** min(self.committer.tries, 10), 5.0)
                     deadline = time.monotonic() + pause

@@ -62,23 +62,6 @@ def current_step() -> StepInfo:
     return info
 
 
-@functools.lru_cache(maxsize=1024)
-def _is_async_code(fn: Any) -> bool:
-    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004
-
-
-def is_async(fn: Any) -> bool:
-    """Whether calling this gives a coroutine, as far as can be seen from outside."""
-    target = fn
-    while isinstance(target, functools.partial):
-        target = target.func
-    target = getattr(target, "__func__", target)
-    try:
-        return _is_async_code(target)
-    except TypeError:  # not hashable
-        return inspect.iscoroutinefunction(target)
-
-
 Done = Callable[["Execution", Any, "BaseException | None"], None]
 
 
@@ -142,7 +125,7 @@ class Executor:
 
     def begin(self, execution: Execution) -> None:
         """Run the execution's function where it belongs."""
-        if is_async(execution.call.fn):
+        if execution.call.policy.on_loop:
             self._jobs.append(execution)
             if not self._runner_due:
                 self._more_runners()
@@ -178,8 +161,7 @@ class Executor:
 
     async def _rest(self, execution: Execution, resting: Any) -> None:
         """The rest of a function that has to wait."""
-        task = asyncio.current_task(self.loop)
-        assert task is not None
+        task: Any = asyncio.current_task(self.loop)
         execution.task = task
         self._tasks.add(task)
         if self._jobs and not self._runner_due:
@@ -217,7 +199,11 @@ class Executor:
         try:
             while ended:
                 execution, value, error = ended.popleft()
-                execution.report(value, error)
+                if execution.timer is not None:
+                    execution.report(value, error)
+                elif not execution.abandoned:
+                    execution.abandoned = True
+                    execution.done(execution, value, error)
         finally:
             if ended and not self._tell_due:
                 self._tell_due = True
@@ -243,10 +229,6 @@ class Executor:
             # `asyncio.run` waits for every task it knows.
             asyncio.tasks._unregister_task(task)
             task._log_destroy_pending = False
-
-    def on_loop(self, fn: Any) -> bool:
-        """Whether the function belongs on the loop."""
-        return is_async(fn)
 
     def job(self, execution: Execution, after: Callable[[], None] | None = None) -> Callable[[], None]:
         """What a thread does for a sync function: run it in its context and hand the outcome to the loop.
@@ -285,7 +267,7 @@ class Executor:
             self._waiting.append((job, execution))
             return
         self.in_threads += 1
-        free = execution.leave = functools.partial(self._thread_free, execution)
+        free = functools.partial(self._thread_free, execution)
 
         def run() -> None:
             try:
@@ -293,10 +275,16 @@ class Executor:
             finally:
                 self._soon(free)
 
-        self.threads.run(run)
+        def leave() -> None:
+            # Abandoned with its function: another takes its place at once.
+            self.threads.lose(thread, run)
+            free()
+
+        execution.leave = leave
+        thread = self.threads.run(run)
 
     def _thread_free(self, execution: Execution) -> None:
-        """A thread is free again, or was abandoned with its function: then another takes its place at once."""
+        """A thread is free again, or was left to itself. Twice is once."""
         if execution.leave is None:
             return
         execution.leave = None

@@ -13,6 +13,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -37,6 +38,7 @@ from perdure.core.turn import (
 )
 from perdure.core.waits import Waits, read_waits, waits_text
 from perdure.runtime.context import ThisRun, step_key
+from perdure.runtime.loop import tell_unheard
 from perdure.runtime.play import NOTHING, Asked, Play
 from perdure.runtime.steps import LocalCall, RemoteCall
 from perdure.worker.executing import Execution, StepInfo
@@ -60,19 +62,19 @@ WAITING: Final = "waiting"
 
 
 class Gathered:
-    """What has come since the last commit: the inputs, what they caused, and what to do once it is recorded."""
+    """What has come since the last commit: the inputs with what they caused, and what to do once it is recorded."""
 
-    # Most turns have only the first three: the rest of the lists are made when something goes in.
-    __slots__ = ("begun", "consumed", "events", "given_up", "inputs", "progress", "sends", "starts")
+    # Most turns have only the first two: the rest of the lists are made when something goes in.
+    __slots__ = ("begun", "consumed", "events", "given_up", "progress", "sends", "starts", "unheard")
 
     def __init__(self) -> None:
-        self.inputs: list[tuple[ev.Input, Any]] = []
         self.events: list[ev.Event] = []
         self.begun: list[tuple[str, int]] = []
         self.consumed: list[str] | tuple[()] = ()
         self.given_up: list[str] | tuple[()] = ()
         self.starts: list[Start] | tuple[()] = ()
         self.sends: list[Send] | tuple[()] = ()
+        self.unheard: tuple[tuple[str, BaseException | None], ...] = ()
         self.progress = False
 
     def add(self, what: str, item: Any) -> None:
@@ -110,11 +112,10 @@ class Outcome:
 class Again:
     """An input of a turn that was thrown away, delivered again with the time it had."""
 
-    __slots__ = ("event", "value")
+    __slots__ = ("event",)
 
-    def __init__(self, event: ev.Input, value: Any) -> None:
+    def __init__(self, event: ev.Input) -> None:
         self.event = event
-        self.value = value
 
 
 class Resident:
@@ -251,7 +252,22 @@ class Resident:
                 self.known_mail.add(message)
         self._replay(self.play.replay(events), mail, ())
 
-    def _replay(self, steps: Any, mail: Sequence[Mail], again: Sequence[Again]) -> None:
+    def live(self, started: ev.Started) -> None:
+        """Begin the code of a run that was started here, and has no record yet but that."""
+        self.seq = 2
+        play = self.play
+        try:
+            with self.shift.watching(self):
+                play.begin(started)
+        except NeverRests:
+            play.restless = True
+        self.rebuilding = False
+        self._gather(play.take())
+        self.pump()
+
+    def _replay(
+        self, steps: Any, mail: Sequence[Mail], again: Sequence[Again], resumed: ev.Resumed | None = None
+    ) -> None:
         if self.gone:
             return
         until = self.shift.monotonic() + 0.005
@@ -260,14 +276,14 @@ class Resident:
                 while self.shift.monotonic() < until:
                     next(steps)
         except StopIteration:
-            self._come_alive(mail, again)
+            self._come_alive(mail, again, resumed)
         except NeverRests:
             self.play.restless = True
-            self._come_alive(mail, again)
+            self._come_alive(mail, again, resumed)
         else:
-            self.shift.loop.call_soon(self._replay, steps, mail, again)
+            self.shift.loop.call_soon(self._replay, steps, mail, again, resumed)
 
-    def _come_alive(self, mail: Sequence[Mail], again: Sequence[Again]) -> None:
+    def _come_alive(self, mail: Sequence[Mail], again: Sequence[Again], resumed: ev.Resumed | None) -> None:
         play = self.play
         self.rebuilding = False
         for step, site in play.line.digests_differ[:1]:
@@ -280,7 +296,8 @@ class Resident:
         if not play.over:
             self._gather(play.take(), replayed=True)
             if play.line.deferred:
-                self._deliver(ev.Resumed(at=self._now()), UNSET)
+                # One that was thrown away with its turn comes again with the time it had.
+                self._deliver(resumed if resumed is not None else ev.Resumed(at=self._now()))
         else:
             self._gather(play.take(), replayed=True)
         for message in mail:
@@ -356,7 +373,7 @@ class Resident:
                 if isinstance(item, Again):
                     now = max(item.event.at, play.line.now)
                 if play.line.timers and play.line.due(now):
-                    self._deliver(ev.Time(at=now), UNSET)
+                    self._deliver(ev.Time(at=now))
                 elif item is None:
                     break
                 else:
@@ -370,7 +387,7 @@ class Resident:
         if isinstance(item, Outcome):
             self._take_outcome(item, now)
         elif isinstance(item, Mail):
-            self._deliver(input_of(item, now), UNSET)
+            self._deliver(input_of(item, now))
         else:
             event = item.event
             if isinstance(event, ev.LOCAL_OUTCOMES) and not self.play.line.wants(event.step, event.attempt):
@@ -378,7 +395,7 @@ class Resident:
                 return
             if isinstance(event, ev.AttemptFailed):
                 self.retrying[event.step] = event.retry_at
-            self._deliver(msgspec.structs.replace(event, at=now), item.value)
+            self._deliver(msgspec.structs.replace(event, at=now))
 
     def _keep_unwanted(self, item: Outcome | Again) -> None:
         """An outcome is dropped when the commit that gave its step up is acknowledged, and not before."""
@@ -393,17 +410,7 @@ class Resident:
             return
         op = line.ops[item.step]
         if item.raw is not None:
-            event: ev.Input = ev.StepCompleted(
-                at=now,
-                step=op.id,
-                ordinal=op.ordinal,
-                name=op.name,
-                site=op.site,
-                digest=op.digest,
-                attempt=item.attempt,
-                value=Raw(item.raw),
-            )
-            self._deliver(event, item.value)
+            self._take_value(op, item.raw, item.value, now)
             return
         assert item.error is not None
         call: LocalCall = op.spec
@@ -415,9 +422,9 @@ class Resident:
         delay: timedelta | None = None
         if not item.final:
             if isinstance(item.error, BaseException):
-                delay = retry.decide(call.retry, item.error, item.attempt, self.shift.spread())
-            elif call.retry.max_attempts is None or item.attempt < call.retry.max_attempts:
-                delay = retry.backoff(call.retry, item.attempt, spread=self.shift.spread())
+                delay = retry.decide(call.policy.retry, item.error, item.attempt, self.shift.spread())
+            elif call.policy.retry.max_attempts is None or item.attempt < call.policy.retry.max_attempts:
+                delay = retry.backoff(call.policy.retry, item.attempt, spread=self.shift.spread())
         facts: dict[str, Any] = {
             "at": now,
             "step": op.id,
@@ -431,43 +438,67 @@ class Resident:
         }
         deadline = self.deadlines.get(op.id)
         if delay is None:
-            self._deliver(ev.StepFailed(**facts), UNSET)
+            self._deliver(ev.StepFailed(**facts))
         elif deadline is not None and now + retry.micros(delay) >= deadline:
             facts["error"] = out_of_time("Its total_timeout would pass before the next attempt.", error)
-            self._deliver(ev.StepFailed(**facts), UNSET)
+            self._deliver(ev.StepFailed(**facts))
         else:
             retry_at = now + retry.micros(delay)
             self.retrying[op.id] = retry_at
-            self._deliver(ev.AttemptFailed(**facts, retry_at=retry_at), UNSET)
+            self._deliver(ev.AttemptFailed(**facts, retry_at=retry_at))
 
-    def _deliver(self, event: ev.Input, value: Any) -> None:
-        """Let one input reach the code, and gather it with what it caused."""
+    def _take_value(self, op: Op, raw: bytes, value: Any, now: int) -> None:
+        """Record the value of a step that the code wants."""
+        event = ev.StepCompleted(
+            at=now,
+            step=op.id,
+            ordinal=op.ordinal,
+            name=op.name,
+            site=op.site,
+            digest=op.digest,
+            attempt=op.attempt,
+            value=Raw(raw),
+        )
+        self._deliver(event, value)
+
+    def _deliver(self, event: ev.Input, value: Any = UNSET) -> None:
+        """Let one input reach the code, and gather it with what it caused.
+
+        value: the decoded value of an outcome, where it is at hand.
+        """
         gathered = self.open
-        gathered.inputs.append((event, value))
         gathered.events.append(event)
         kind = type(event)
         if kind is ev.StepCompleted or kind is ev.StepFailed:
             gathered.progress = True
             if event.step in self.executions:  # type: ignore[union-attr]
-                # It ended by its deadline, and still executes.
+                # It ended by its deadline, or ran out of its time, and still executes.
                 gathered.add("given_up", event.step)  # type: ignore[union-attr]
             if self.deadlines:
                 self.deadlines.pop(event.step, None)  # type: ignore[union-attr]
         elif hasattr(event, "message"):
             gathered.add("consumed", event.message)
+        elif kind is ev.AttemptFailed and event.step in self.executions:  # type: ignore[union-attr]
+            gathered.add("given_up", event.step)  # type: ignore[union-attr]
         play = self.play
+        shift = self.shift
+        # As `with shift.watching(self)`, at every input.
+        watched = shift.watched
+        watched.resident = self
+        watched.since = monotonic()
         try:
-            with self.shift.watching(self):
-                play.deliver(event, value)
+            play.deliver(event, value)
         except NeverRests:
             # The watchdog's exception came a moment late: it must not reach the caller's loop.
             play.restless = True
+        finally:
+            with watched.lock:
+                watched.since = 0.0
         asked = play.take()
         if asked is not NOTHING:
             self._gather(asked)
-        limit = self.shift.limits
         size = self.seq + len(gathered.events) + (len(self.flight[0].events) if self.flight else 0)
-        if size > limit.history_warn:
+        if size > shift.limits.history_warn:
             self._mind_the_size(size)
 
     def _mind_the_size(self, size: int) -> None:
@@ -495,8 +526,8 @@ class Resident:
             if op.state != PENDING:
                 continue
             spec: LocalCall = op.spec
-            if spec.total_timeout is not None:
-                self.deadlines[op.id] = op.at + retry.micros(spec.total_timeout)
+            if spec.policy.total_timeout is not None:
+                self.deadlines[op.id] = op.at + retry.micros(spec.policy.total_timeout)
             if op.retry_at is not None and replayed:
                 self.retrying[op.id] = op.retry_at
             else:
@@ -512,10 +543,14 @@ class Resident:
                 gathered.add("sends", cancelling(self.key, op.id, line.cancel_reason or "its parent gave it up"))
         for message, why in line.skipped:
             log.warning("run %s: the signal %s does not fit and was skipped: %s", self.this.id, message, why)
-        line.skipped.clear()
+        line.skipped = ()
 
     def _start_of(self, op: Op) -> Start:
         spec: RemoteCall = op.spec
+        queue, timeout = op.queue, spec.timeout if op.kind == "child" else spec.policy.total_timeout
+        if spec.elsewhere and (not queue or timeout is None):
+            own_queue, own_timeout = self.shift.announced_of(op.name or "")
+            queue, timeout = queue or own_queue, timeout if timeout is not None else own_timeout
         return self.shift.start_facts(
             workflow=op.name or "",
             id=op.run,
@@ -523,8 +558,8 @@ class Resident:
             # An activity is a step of this run, and its key is the step's.
             seed=step_key(self.seed, f"child:{op.id}") if op.kind == "child" else self.seed,
             kind="workflow" if op.kind == "child" else "activity",
-            queue=op.queue,
-            timeout=spec.timeout if op.kind == "child" else spec.policy.total_timeout,
+            queue=queue,
+            timeout=timeout,
             parent=ParentLink(run=self.key, step=op.id),
             parent_close=op.parent_close,
             policy=spec.policy if spec.policy is not None else StartPolicy(awaited=op.awaited),
@@ -543,21 +578,22 @@ class Resident:
                 self._set_timer(self._next_wake())
             return
         play = self.play
-        if play.difference is not None:
-            self._block(play.difference)
-            return
-        if play.end is not None:
-            self._close()
-            return
-        if play.restless:
-            self._strike()
+        if play.over:
+            if play.difference is not None:
+                self._block(play.difference)
+            elif play.end is not None:
+                self._close()
+            else:
+                self._strike()
             return
         gathered = self.open
         if self.shift.draining and not any(e is not None and e.counted for e in self.executions.values()):
             self._hand_over(gathered)
             return
-        status = RUNNING if self.executions or gathered.begun else WAITING
-        wake_at = self._next_wake()
+        # What is given up with this turn does not count: it ends when the turn is acknowledged.
+        executes = self.executions and not (gathered.given_up and self.executions.keys() <= set(gathered.given_up))
+        status = RUNNING if executes or gathered.begun else WAITING
+        wake_at = self._next_wake() if play.line.timers or self.retrying or self.deadlines else None
         waiting = status == WAITING
         if gathered.events or status != self.status or (waiting and wake_at != self.wake_at):
             self.open = Gathered()
@@ -572,7 +608,8 @@ class Resident:
         elif gathered.begun or gathered.given_up:
             self.open = Gathered()
             self._act(gathered)
-        self._set_timer(wake_at)
+        if wake_at is not None:
+            self._set_timer(wake_at)
         if self.transactions and self.flight is None:
             self.shift.transact_next(self)
 
@@ -604,6 +641,9 @@ class Resident:
 
     def _commit(self, gathered: Gathered, *, status: str, **facts: Any) -> None:
         shift = self.shift
+        line = self.play.line
+        if line.unheard:
+            gathered.unheard, line.unheard = line.unheard, ()
         turn = Turn(
             run=self.key,
             owner=shift.incarnation,
@@ -710,7 +750,7 @@ class Resident:
             return
         turn, gathered = self.flight
         self.flight = None
-        if isinstance(verdict, Committed):
+        if type(verdict) is Committed:
             self._committed(turn, gathered)
         elif isinstance(verdict, MoreMail):
             self._rebuild(gathered)
@@ -740,6 +780,8 @@ class Resident:
         self.status = turn.status
         self.wake_at = turn.wake_at
         self.written_waits = turn.waits
+        for message, error in gathered.unheard:
+            tell_unheard(self.this.id, message, error)
         if turn.status != RUNNING or self.key in self.shift.parked:
             self.shift.noted(self)
         if self.key == self.shift.alone_with and turn.progress:
@@ -752,7 +794,11 @@ class Resident:
             self.blocked_tries = self.more_mail = 0
             if self.unwanted and not self.open.events:
                 self.unwanted = []
-            self._act(gathered)
+            if gathered.given_up:
+                self._act(gathered)
+            else:
+                for step, attempt in gathered.begun:
+                    self._begin_step(step, attempt)
             # What has not changed since the turn was closed needs no look: it still executes something.
             quiet = self.executions and turn.status == RUNNING and not self.shift.draining and not self.transactions
             if not quiet or self.open.events or self.open.begun or self.play.over or self.inbox:
@@ -796,7 +842,23 @@ class Resident:
                 # It would be refused again: no retry.
                 self.outcome(Outcome(execution.step, execution.attempt, error=refused, final=True))
             else:
-                self.outcome(Outcome(execution.step, execution.attempt, raw=raw, value=decoded))
+                line = self.play.line
+                op = line.pending.get(execution.step)
+                if (
+                    op is None
+                    or op.attempt != execution.attempt
+                    or line.timers
+                    or self.inbox
+                    or self.pumping
+                    or self.rebuilding
+                    or self.transacting is not None
+                    or self.play.over
+                ):
+                    self.outcome(Outcome(execution.step, execution.attempt, raw=raw, value=decoded))
+                else:
+                    # Nothing stands before it: as `pump` would, without the ceremony.
+                    self._take_value(op, raw, decoded, self._now())
+                    self.settle()
         else:
             self.outcome(Outcome(execution.step, execution.attempt, error=error))
 
@@ -805,15 +867,19 @@ class Resident:
     def _rebuild(self, gathered: Gathered) -> None:
         """Newer mail came before the end: throw the turn away, read all mail, deliver it and then the rest again."""
         self.more_mail += 1
-        inputs = [*gathered.inputs, *self.open.inputs]
-        again = [Again(event, value) for event, value in inputs if not hasattr(event, "message")]
-        again = [item for item in again if not isinstance(item.event, (ev.Time, ev.Resumed))]
-        first = inputs[0][0].at if inputs else self.play.line.now
+        inputs: list[Any] = [e for e in (*gathered.events, *self.open.events) if isinstance(e, ev.INPUTS)]
+        again = [
+            Again(event)
+            for event in inputs
+            if not hasattr(event, "message") and not isinstance(event, (ev.Time, ev.Resumed))
+        ]
+        first = inputs[0].at if inputs else self.play.line.now
+        resumed = next((event for event in inputs if isinstance(event, ev.Resumed)), None)
         for message in [*gathered.consumed, *self.open.consumed]:
             self.known_mail.discard(message)
         self.inbox = deque([*self.unwanted, *(item for item in self.inbox if not isinstance(item, Mail))])
         self.unwanted = []
-        times = {event.message: event.at for event, _ in inputs if hasattr(event, "message")}
+        times = {event.message: event.at for event in inputs if hasattr(event, "message")}
         # What is thrown away has not happened: nothing is logged of it.
         self.play.line.replaying = True
         self.play.close()
@@ -822,7 +888,7 @@ class Resident:
         self.deadlines.clear()
         self.rebuilding = True
         self.play = self._new_play()
-        self.shift.read_again(self, lambda events, mail: self._read(events, mail, again, times, first))
+        self.shift.read_again(self, lambda events, mail: self._read(events, mail, again, times, first, resumed))
 
     def _read(
         self,
@@ -831,6 +897,7 @@ class Resident:
         again: Sequence[Again],
         times: dict[str, int],
         first: int,
+        resumed: ev.Resumed | None,
     ) -> None:
         self.known_mail = {m for m in (getattr(event, "message", None) for event in events) if m is not None}
         # Mail comes first and in mailbox order, old with the time it had, new with that of the turn's first input.
@@ -838,9 +905,9 @@ class Resident:
         for message in sorted(mail, key=lambda m: m.position):
             if message.id not in self.known_mail:
                 self.known_mail.add(message.id)
-                messages.append(Again(input_of(message, times.get(message.id, first)), UNSET))
+                messages.append(Again(input_of(message, times.get(message.id, first))))
         self.inbox = deque(item for item in self.inbox if not (isinstance(item, Mail) and item.id in self.known_mail))
-        self._replay(iter(self.play.replay(events)), (), [*messages, *again])
+        self._replay(iter(self.play.replay(events)), (), [*messages, *again], resumed)
 
     # --- leaving memory -------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ simulation; they hand what they found to `received` and `answered` here.
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import itertools
 import logging
@@ -22,7 +23,7 @@ from typing import Any, Final
 from perdure.core import codec, stored
 from perdure.core import events as ev
 from perdure.core.errors import StoreError
-from perdure.core.limits import Limits
+from perdure.core.limits import Limits, limits_of
 from perdure.core.match import Op
 from perdure.core.retry import micros
 from perdure.core.signature import Signature
@@ -55,12 +56,18 @@ log = logging.getLogger("perdure.worker")
 LANGUAGE: Final = "python" + ".".join(platform.python_version_tuple()[:2])
 KEY_LASTS: Final = 7 * 86_400_000_000
 """Microseconds for which the idempotency key of a child is taken, as long as that of a start."""
+KNOWN_FOR: Final = 10.0
+"""Seconds for which an announcement is believed: a deploy may have changed it."""
 UNWIND_AFTER: Final = 1.0
 """Seconds after which a sync body that waits gives its thread back."""
 
 
 class Settings:
-    """How a worker works; the names and defaults of `Engine`."""
+    """How a worker works; the names and defaults of `Engine`.
+
+    suspects: who executes a run that killed two workers. "here": this process, when nothing else of its executes;
+    "apart": a child process of its own; "only": this process is that child, and takes nothing else.
+    """
 
     def __init__(
         self,
@@ -73,7 +80,6 @@ class Settings:
         lease: float = 15,
         limits: Limits | None = None,
         name: str | None = None,
-        alone: bool = False,
     ) -> None:
         self.namespace = namespace
         self.queues = tuple(queues)
@@ -81,9 +87,9 @@ class Settings:
         self.threads = threads
         self.resident = resident
         self.lease = lease
-        self.limits = limits if limits is not None else Limits()
+        self.limits = limits_of(limits)
         self.name = name or f"{platform.node() or 'worker'}"
-        self.alone = alone
+        self.suspects = "here"
 
 
 class Shift:
@@ -132,6 +138,7 @@ class Shift:
         )
         self.ended_run = ended_run
         self.lease_sure = False
+        self.answered_at = 0
         self.watched = Watched()
         # Each is counted by one thread: what was claimed by the watcher, what was received of it by the loop.
         self.claiming = 0
@@ -139,6 +146,8 @@ class Shift:
         self.alone_with: int | None = None
         # Nothing is taken until nothing executes: a run that may only be executed alone has waited long enough.
         self.makes_way = False
+        self._announced: dict[str, Announced] = {}
+        self._announced_at = 0.0
         self.wants_room = False
         self._kick = kick
         self._kicked = False
@@ -290,7 +299,7 @@ class Shift:
         if activity is not None:
             activity.leave()
 
-    def begun(self, start: Start, key: int, *, id: str, version: int, at: int) -> None:
+    def begun(self, start: Start, started: ev.Started, key: int, *, id: str, version: int, at: int) -> None:
         """A start of this process was written with this incarnation as its owner: no claim, no history to read."""
         if self.closed or start.owner != self.incarnation or key in self.residents:
             return
@@ -308,14 +317,19 @@ class Shift:
         )
         resident = Resident(self, this, key=key, epoch=1, version=version, last="", seed=start.seed, input=start.input)
         self.residents[key] = resident
-        resident.begin([stored.decode(start.event)], ())
+        resident.live(started)
 
     def _answer(self, answers: list[tuple[Callable[[Any], None], Any]], mail: Sequence[Mail]) -> None:
-        self._soon(self._answered, answers, mail)
+        if _get_running_loop() is self.loop:
+            # The loop itself has written it.
+            self._answered(answers, mail)
+        else:
+            self._soon(self._answered, answers, mail)
 
     def _answered(self, answers: list[tuple[Callable[[Any], None], Any]], mail: Sequence[Mail]) -> None:
         # Asked once for all steps that begin now: the margin is seconds, this is microseconds.
         self.lease_sure = self.heartbeat is not None and self.heartbeat.valid
+        self.answered_at = self.now()
         for answer, verdict in answers:
             answer(verdict)
         self.lease_sure = False
@@ -397,6 +411,26 @@ class Shift:
             idempotency_key=idempotency_key,
             idempotency_until=None if idempotency_key is None else now + KEY_LASTS,
         )
+
+    def announced_of(self, workflow: str) -> tuple[str, timedelta | None]:
+        """The queue and timeout of a workflow whose code is elsewhere, as its workers announced them.
+
+        Asked of the store on the loop, for the first of many and again after a while: a child whose start went to
+        the wrong queue would wait there for ever.
+        """
+        now = self.monotonic()
+        if workflow not in self._announced or now - self._announced_at > KNOWN_FOR:
+            self._announced_at = now
+            try:
+                found = self.store.announced(self.settings.namespace)
+                self._announced.update({each.name: each for each in found if each.kind == "workflow"})
+            except StoreError as error:
+                log.warning("what was announced could not be read, children by name use what is known: %s", error)
+        known = self._announced.get(workflow)
+        if known is None:
+            return "default", None
+        timeout = (known.signature or {}).get("timeout")
+        return known.queue, None if timeout is None else timedelta(microseconds=timeout)
 
     def should_release(self, resident: Resident) -> bool:
         """Whether a parking run is one too many to keep in memory."""
@@ -515,6 +549,12 @@ class Shift:
         delay = min(max(at - self.now(), 0) / 1_000_000, 86_400)
         self._timer = self.loop.call_later(delay, self.wake_due)
 
+    def look_at_clock(self) -> None:
+        """A clock that was wrong and is right again has brought timers due that ours still waits for."""
+        if self._timer is not None and self._timers and self._timers[0][0] <= self.now():
+            self._timer.cancel()
+            self.wake_due()
+
     def wake_due(self) -> None:
         """Tick every resident whose time has come."""
         self._timer = None
@@ -534,8 +574,12 @@ class Shift:
         if self.lease_sure and not self.draining and self.executing < self.settings.concurrency:
             self.executing += 1
             execution.counted = True
-            execution.began = self.now()
-            self._execute(resident, op, execution)
+            execution.began = self.answered_at
+            policy = execution.call.policy
+            if policy.on_loop and policy.timeout is None:
+                self.executor.begin(execution)
+            else:
+                self._execute(resident, op, execution)
         else:
             self.admit(execution, lambda: self._execute(resident, op, execution))
 
@@ -565,10 +609,12 @@ class Shift:
             transacting.wanted(resident, execution)
             return
         call = execution.call
-        if call.timeout is not None:
-            execution.timer = self.loop.call_later(call.timeout.total_seconds(), self._out_of_time, resident, execution)
+        timeout = call.policy.timeout
+        if timeout is not None:
+            execution.timer = self.loop.call_later(timeout.total_seconds(), self._out_of_time, resident, execution)
         driver = resident.play.driver
-        if isinstance(driver, SyncDriver) and driver.may_execute(op) and not self.executor.on_loop(call.fn):
+        if not call.policy.on_loop and isinstance(driver, SyncDriver) and driver.may_execute(op):
+            execution.leave = driver.leave
             driver.execute(op, self.executor.job(execution, lambda: driver.finished(op)))
         else:
             self.executor.begin(execution)
@@ -578,13 +624,10 @@ class Shift:
         transacting.begin_next(resident)
 
     def _out_of_time(self, resident: Resident, execution: Execution) -> None:
+        # It is cancelled when the record of this is acknowledged; what it returns until then is too late.
         execution.timer = None
-        self.abandon(execution)
-        if resident.executions.get(execution.step) is execution:
-            del resident.executions[execution.step]
-        if not resident.gone:
-            assert execution.call.timeout is not None
-            message = f"Attempt {execution.attempt} took longer than its timeout of {execution.call.timeout}."
+        if not resident.gone and resident.executions.get(execution.step) is execution:
+            message = f"Attempt {execution.attempt} took longer than its timeout of {execution.call.policy.timeout}."
             resident.outcome(Outcome(execution.step, execution.attempt, error=out_of_time(message)))
 
     def abandon(self, execution: Execution) -> None:
@@ -609,6 +652,7 @@ class _Random:
         return self._system.random()
 
 
+_get_running_loop = asyncio._get_running_loop
 _system_random: Final = _Random()
 
 

@@ -115,7 +115,7 @@ class Attempt:
         shift = resident.shift
         resident.transacting = self
         resident.flight = (self.turn, Gathered())
-        timeout: timedelta | None = execution.call.timeout
+        timeout: timedelta | None = execution.call.policy.timeout
         if timeout is not None:
             execution.timer = shift.loop.call_later(timeout.total_seconds(), self._out_of_time)
         driver = resident.play.driver
@@ -143,7 +143,7 @@ class Attempt:
             return
         execution = self.execution
         self._leave()
-        message = f"Attempt {execution.attempt} took longer than its timeout of {execution.call.timeout}."
+        message = f"Attempt {execution.attempt} took longer than its timeout of {execution.call.policy.timeout}."
         self.resident.outcome(Outcome(execution.step, execution.attempt, error=out_of_time(message)))
         self.resident.shift.abandon(execution)
 
@@ -170,7 +170,7 @@ class Attempt:
         self._leave()
         resident.flight = (msgspec.structs.replace(self.turn, events=("",)), Gathered())
         resident._deliver(result.event, result.value)
-        del resident.open.inputs[0], resident.open.events[0]
+        del resident.open.events[0]
         resident.answered(Committed(run=resident.key))
         resident.pump()
         self._free()

@@ -44,7 +44,7 @@ def _wait(resident: Resident, op: Op) -> Wait:
     if op.kind in ("child", "activity"):
         return Wait(kind=op.kind, name=op.name or "", run=op.run, **facts)
     retry_at = resident.retrying.get(op.id)
-    limit = op.spec.retry.max_attempts if op.spec is not None else None
+    limit = op.spec.policy.retry.max_attempts if op.spec is not None else None
     last = op.last_error
     error = f"{last.type}: {last.message[:200]}" if last is not None else ""
     if retry_at is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
@@ -15,6 +16,8 @@ from perdure.core.errors import NotAStore, StoreReadOnly, StoreUnavailable
 from perdure.stores.postgres.queries import statements
 
 OLDEST: Final = 130000
+FIRST_PAUSE, LAST_PAUSE = 0.05, 2.0
+"""Seconds between two tries to connect, of all threads together, while the server is away."""
 
 DEFAULTS: Final[Mapping[str, str]] = {
     "application_name": "perdure",
@@ -66,11 +69,38 @@ class Address:
                 "or a parameter is unknown. It is written postgresql://user@host:5432/database?sslmode=verify-full."
             ) from error
         self._password = password
+        self._trying = threading.Lock()
+        self._pause = 0.0
+        self._next_try = 0.0
+        self._last_error = ""
         self.url: Final = _shown(self.parameters, shown)
         """Without a password."""
 
     def connect(self, *, autocommit: bool = True, name: str = "") -> psycopg.Connection[Any]:
-        """A new connection; a password that is a function is asked each time."""
+        """A new connection; a password that is a function is asked each time.
+
+        While the server is away, only one try in a while goes out, for all threads: between two of them the answer is
+        the error of the last.
+        """
+        with self._trying:
+            left = self._next_try - time.monotonic()
+            if left > 0:
+                raise psycopg.OperationalError(f"{self._last_error} (tried again in {left:.1f} s)")
+            if self._pause:
+                # This try is the one; others wait for what comes of it.
+                self._next_try = time.monotonic() + self._pause
+        try:
+            db = self._connect(autocommit=autocommit, name=name)
+        except psycopg.OperationalError as error:
+            with self._trying:
+                self._pause = min(max(self._pause * 2, FIRST_PAUSE), LAST_PAUSE)
+                self._next_try = time.monotonic() + self._pause
+                self._last_error = str(error).strip()
+            raise
+        self._pause = self._next_try = 0.0
+        return db
+
+    def _connect(self, *, autocommit: bool, name: str) -> psycopg.Connection[Any]:
         given = {name: value for name, value in self.parameters.items() if value is not None}
         settings = {**DEFAULTS, **({"application_name": f"perdure {name}"} if name else {}), **given}
         if "PGAPPNAME" in os.environ and "application_name" not in given:

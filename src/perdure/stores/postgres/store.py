@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import psycopg
 
-from perdure.core.errors import StoreError, StoreUnavailable
+from perdure.core.errors import StoreError, StoreLocked, StoreUnavailable
 from perdure.core.status import Status
 from perdure.core.turn import (
     Announced,
@@ -153,6 +153,13 @@ class PostgresStore:
         self.begin(batch)
         return self.finish()
 
+    def write_at_once(self, batch: Batch) -> list[Verdict]:
+        raise StoreLocked(
+            f"The store {self.url} is written over a connection, and every write waits for it. Nothing was written. "
+            "Call write.",
+            store=self.url,
+        )
+
     def begin(self, batch: Batch) -> None:
         """Send a batch and do not wait. `finish`, which must follow, has the verdicts or the error."""
         self._writing.acquire()
@@ -273,9 +280,13 @@ class PostgresStore:
                     signatures=[msgspec.json.encode(one.signature).decode() for one in ones],
                 )
             workflows = [one.name for one in announcement.serves if one.kind == "workflow"]
-            ask("beat", incarnation=incarnation, now=now, backend=self._backend())
+            backend = self._backend()
+            ask("beat", incarnation=incarnation, now=now, backend=backend)
             due = ask("unblock", namespace=announcement.namespace, workflows=workflows, now=now)
         self._own[incarnation] = 0
+        if self._backend() != backend:
+            # The listener connected meanwhile, and did not know of this incarnation: nobody would see it die.
+            self.heartbeat(incarnation)
         if due:
             self._ring()
         return Lease(now=now, until=now + announcement.ttl)

@@ -29,6 +29,21 @@ FROM (
     ORDER BY run.priority DESC, run.key LIMIT ?
 ) AS found;
 
+-- name: claimable_suspect
+-- The most urgent run that killed two workers, in the same form. (Namespace, now, queues, pairs of name and kind.)
+SELECT json_group_array(json_array(key, strikes, history_bytes, 0))
+FROM (
+    SELECT run.key, run.strikes, run.history_bytes FROM perdure_runs AS run INDEXED BY perdure_runs_struck
+    WHERE run.strikes >= 2 AND run.strikes = 2 AND run.ended_at IS NULL AND +run.namespace = ?
+        AND +run.due_at IS NOT NULL AND +run.due_at <= ?
+        AND +run.queue IN (SELECT value FROM json_each(?))
+        AND EXISTS (
+            SELECT 1 FROM json_each(?) AS served
+            WHERE run.workflow = json_extract(served.value, '$[0]') AND run.kind = json_extract(served.value, '$[1]')
+        )
+    ORDER BY run.priority DESC, run.key LIMIT 1
+);
+
 -- name: due
 -- When the latest of what is due came due (0: at any time), and when the next timer comes: null where there is none.
 -- (Namespace, now; namespace, now; queues; pairs of name and kind.)

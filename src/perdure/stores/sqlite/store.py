@@ -77,6 +77,7 @@ class SQLiteStore:
 
     url: str
     durability: str
+    now: Callable[[], int]  # itself the clock: it is asked at every input
     transactions: bool = True
 
     def __init__(
@@ -100,6 +101,7 @@ class SQLiteStore:
         self.durability = connections.CLASSES[durability]
         self._path: Final = os.path.realpath(given)
         self._clock: Final = clock or _system_clock
+        self.now = self._clock
         self._busy_timeout: Final = busy_timeout
         self._synchronous: Final = durability
         self._hints: Final = hints
@@ -118,7 +120,12 @@ class SQLiteStore:
         self._heard: dict[str, _Heard] = {}
         self._position: dict[str, int] = {}
 
-        self._steps: Final = Steps(self.url, connect=self._connect_for_step, gate=self._passage, clock=self._clock)
+        self._steps: Final = Steps(
+            self.url,
+            connect=self._connect_for_step,
+            gate=lambda: self._passage(self._busy_timeout),
+            clock=self._clock,
+        )
 
         connections.check_path(self._path, self.url, create=create)
         self._place = place.enter(self._path, self)
@@ -128,15 +135,18 @@ class SQLiteStore:
             self.close()
             raise
 
-    def now(self) -> int:
-        return self._clock()
-
     # --- writing ---
 
     def write(self, batch: Batch) -> list[Verdict]:
+        return self._written(batch, at_once=False)
+
+    def write_at_once(self, batch: Batch) -> list[Verdict]:
+        return self._written(batch, at_once=True)
+
+    def _written(self, batch: Batch, *, at_once: bool) -> list[Verdict]:
         for judged, singly in ((False, False), (True, False), (True, True)):
             try:
-                with self._transaction() as db:
+                with self._transaction(at_once=at_once) as db:
                     writing = Writing(db, self._clock(), judged=judged, singly=singly)
                     verdicts = writing.write(batch)
             except Short as short:
@@ -194,19 +204,7 @@ class SQLiteStore:
             if not self._lives(db, claim.incarnation):
                 return []
             now = self._clock()
-            strikes = 3 if claim.alone else 2
-            number = max(claim.limit, 0)
-            offered = json.loads(
-                db.execute(
-                    SQL["claimable"],
-                    (
-                        *(queues, names),
-                        *(claim.namespace, strikes, max(number, WINDOW)),
-                        *(claim.namespace, now, strikes, max(number, WINDOW)),
-                        number,
-                    ),
-                ).fetchone()[0]
-            )
+            offered = _offered(db, claim, now, queues, names)
             chosen = _chosen(offered, claim)
             if not chosen:
                 return []
@@ -367,14 +365,20 @@ class SQLiteStore:
         with self._read() as db:
             workers = _workers(db)
             served = db.execute(SQL["served"], (namespace,)).fetchall()
-        live = {
-            (one["kind"], one["name"])
-            for worker in workers
-            if worker.namespace == namespace and not worker.dead and self._is_alive(worker)
-            for one in json.loads(worker.serves)
-        }
+        live: dict[tuple[str, str], set[str]] = {}
+        for worker in workers:
+            if worker.namespace == namespace and not worker.dead and self._is_alive(worker):
+                for one in json.loads(worker.serves):
+                    live.setdefault((one["kind"], one["name"]), set()).update(json.loads(worker.queues))
         return [
-            Announced(name=name, kind=kind, queue=queue, signature=json.loads(signature), live=(kind, name) in live)
+            Announced(
+                name=name,
+                kind=kind,
+                queue=queue,
+                signature=json.loads(signature),
+                live=(kind, name) in live,
+                queues=tuple(sorted(live.get((kind, name), ()))),
+            )
             for kind, name, queue, signature in served
         ]
 
@@ -469,7 +473,7 @@ class SQLiteStore:
                 "reading does not create them. Check the path, or start a run or a worker first.",
                 store=self.url,
             )
-        with self._gate(), ours(self.url):
+        with self._gate(self._busy_timeout), ours(self.url):
             db = self._opened_writer()
             mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
             if mode != "wal":
@@ -481,10 +485,10 @@ class SQLiteStore:
             migrations.migrate(db, self.url, self._clock())
 
     @contextmanager
-    def _gate(self) -> Iterator[None]:
+    def _gate(self, patience: float) -> Iterator[None]:
         gate = self._place.gate
         try:
-            entered = gate.enter(time.monotonic() + self._busy_timeout)
+            entered = gate.enter(time.monotonic() + patience)
         except OSError as error:
             raise StoreUnavailable(
                 f"The store {self.url} cannot be written. Beside it {gate.path} cannot be used: {error.strerror}. "
@@ -492,17 +496,17 @@ class SQLiteStore:
                 store=self.url,
             ) from error
         if not entered:
-            raise locked(self.url, self._busy_timeout)
+            raise locked(self.url, patience)
         try:
             yield
         finally:
             gate.leave()
 
     @contextmanager
-    def _passage(self) -> Iterator[None]:
+    def _passage(self, patience: float) -> Iterator[None]:
         """The way of every writer: through the gate, to a file that is still there."""
         self._check_open()
-        with self._gate():
+        with self._gate(patience):
             if not self._place.is_there():
                 raise StoreUnavailable(
                     f"The store {self.url} is not where it was: its file was moved, removed or replaced. Nothing was "
@@ -512,12 +516,18 @@ class SQLiteStore:
             yield
 
     @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        """One write transaction: all of the block, or nothing of it."""
-        with self._passage(), ours(self.url):
+    def _transaction(self, *, at_once: bool = False) -> Iterator[Connection]:
+        """One write transaction: all of the block, or nothing of it. at_once: `StoreLocked` instead of waiting."""
+        with self._passage(0.0 if at_once else self._busy_timeout), ours(self.url):
             db = self._opened_writer()
             try:
-                db.execute("BEGIN IMMEDIATE")
+                if at_once:
+                    db.execute("PRAGMA busy_timeout = 0")
+                try:
+                    db.execute("BEGIN IMMEDIATE")
+                finally:
+                    if at_once:
+                        db.execute(f"PRAGMA busy_timeout = {int(self._busy_timeout * 1000)}")
                 yield db
                 db.execute("COMMIT")
             except BaseException:
@@ -686,6 +696,7 @@ class _Worker(NamedTuple):
     incarnation: str
     name: str
     namespace: str
+    queues: str
     serves: str
     ttl: int
     slot: int | None
@@ -725,9 +736,29 @@ def _first_free(taken: set[int]) -> int:
     return next(slot for slot in range(len(taken) + 1) if slot not in taken)
 
 
+def _offered(db: Connection, claim: Claim, now: int, queues: str, names: str) -> list[list[int]]:
+    """What a claim may take, most urgent first: [key, strikes, bytes of history, bytes of mail]."""
+    number = max(claim.limit, 0)
+    if claim.only_suspects:
+        found = db.execute(SQL["claimable_suspect"], (claim.namespace, now, queues, names))
+    else:
+        strikes = 3 if claim.alone else 2
+        found = db.execute(
+            SQL["claimable"],
+            (
+                *(queues, names),
+                *(claim.namespace, strikes, max(number, WINDOW)),
+                *(claim.namespace, now, strikes, max(number, WINDOW)),
+                number,
+            ),
+        )
+    offered: list[list[int]] = json.loads(found.fetchone()[0])
+    return offered
+
+
 def _chosen(offered: Sequence[Sequence[int]], claim: Claim) -> list[Key]:
     """The keys to take, of [key, strikes, bytes of history, bytes of mail]: near `max_bytes`, the first in any case."""
-    if claim.alone and offered and offered[0][1] >= 2:
+    if (claim.alone or claim.only_suspects) and offered and offered[0][1] >= 2:
         return [offered[0][0]]
     chosen: list[Key] = []
     room = claim.max_bytes

@@ -1,11 +1,11 @@
 -- name: workers
 -- All incarnations that live or still own runs.
-SELECT incarnation, name, namespace, serves, ttl, slot, locked, announced_at, dead
+SELECT incarnation, name, namespace, queues, serves, ttl, slot, locked, announced_at, dead
 FROM perdure_workers INDEXED BY perdure_workers_dead WHERE dead < 2;
 
 -- name: worker
 -- One incarnation, also a dead one.
-SELECT incarnation, name, namespace, serves, ttl, slot, locked, announced_at, dead FROM perdure_workers
+SELECT incarnation, name, namespace, queues, serves, ttl, slot, locked, announced_at, dead FROM perdure_workers
 WHERE incarnation = ?;
 
 -- name: announce

@@ -125,6 +125,10 @@ WHERE run.key = sent.run
     ))
 ON CONFLICT (run, id) DO NOTHING;
 
+-- name: others_own
+-- Whether one of this list of runs is not owned by this incarnation.
+SELECT 1 FROM perdure_runs WHERE key IN (SELECT value FROM json_each(?)) AND owner IS NOT ? LIMIT 1;
+
 -- name: offer_mailed
 -- Make unowned runs of this list claimable now if their mail says so. Mail wakes a run that waits; it does not start
 -- one before its time, unless it asks it to end; it does not help one that is blocked.

@@ -82,6 +82,7 @@ class Writing:
         self.singly = singly
         self.news = False
         """Whether somebody may wait for what was written."""
+        self._by: str | None = None
         self._events: list[Any] = []
         self._letters: list[Send] = []
 
@@ -98,6 +99,7 @@ class Writing:
         return None if good else verdict
 
     def _write(self, batch: Batch) -> list[Verdict]:
+        self._by = batch.by
         starts = self._start_all(batch.starts) if batch.starts else ()
         turns: Sequence[TurnVerdict] = ()
         if batch.turns:
@@ -384,8 +386,11 @@ class Writing:
             return [NotFound() for _ in sends]
         count = insert_mail.run(self.db, values)
         if count:
-            self.news = True
-            self.db.execute(SQL["offer_mailed"], (json.dumps([run for run in targets if run is not None]),))
+            keys = json.dumps([run for run in targets if run is not None])
+            by = self._by
+            if by is None or self.db.execute(SQL["others_own"], (keys, by)).fetchone() is not None:
+                self.news = True
+            self.db.execute(SQL["offer_mailed"], (keys,))
         if count == len(sends):
             return [Kept(run=run) for run in targets if run is not None]
         return self._judge_sends(sends, targets, count)

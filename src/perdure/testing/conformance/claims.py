@@ -328,6 +328,23 @@ class ClaimPromises:
         claimed(store, alone=True)
         assert not store.suspects(wanted)
 
+    def test_who_wants_only_suspects_gets_one_whatever_waits_before_it(self, store: Store) -> None:
+        started(store, "urgent", priority=9)
+        poison = struck(store, "poison", 2)
+        struck(store, "another poison", 2)
+        [head] = claiming(store, alone=True, only_suspects=True)
+        assert (head.row.key, head.row.strikes, head.row.status) == (poison, 2, "running")
+
+    def test_who_wants_only_suspects_gets_nothing_where_there_is_none(self, store: Store) -> None:
+        struck(store, "worse", 3)
+        struck(store, "better", 1)
+        started(store, "harmless")
+        serve(store, "worker")
+        assert claiming(store, alone=True, only_suspects=True) == []
+        struck(store, "poison", 2)
+        assert claiming(store, alone=True, only_suspects=True, workflows=["returns"]) == []
+        assert claiming(store, alone=True, only_suspects=True, queues=["other"]) == []
+
     def test_a_run_with_three_strikes_is_never_claimed(self, store: Store) -> None:
         struck(store, "poison", 3)
         assert claiming(store) == []

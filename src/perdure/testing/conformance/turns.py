@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from perdure.core.errors import StoreLocked
 from perdure.core.status import Status
 from perdure.core.turn import (
+    Batch,
     Committed,
     Fenced,
     Finished,
@@ -55,6 +57,16 @@ class TurnPromises:
         after = holder.row
         assert (after.version, after.turn) == (before.version + 1, turn.id)
         assert (after.owner, after.epoch, after.status) == (before.owner, before.epoch, "running")
+
+    def test_a_batch_is_written_at_once_or_not_at_all(self, store: Store) -> None:
+        holder = held(store)
+        turn = holder.turn()
+        try:
+            verdicts = store.write_at_once(Batch(turns=[turn]))
+        except StoreLocked:
+            verdicts = store.write(Batch(turns=[turn]))
+        assert verdicts == [Committed(run=holder.run)]
+        assert holder.row.version == turn.version + 1
 
     def test_a_history_grows_at_its_end(self, store: Store) -> None:
         holder = held(store, event='{"n":0}')

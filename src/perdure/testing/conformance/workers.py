@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+from msgspec.structs import replace
 
 from perdure.core.errors import StoreError
 from perdure.core.turn import Announced, Batch, Claim, Committed, Fenced, Lease, Reaped
@@ -227,9 +228,22 @@ class WorkerPromises:
         orders = Announced(name="orders", queue="slow", signature={"parameters": ["order"]})
         charge = Announced(name="charge", kind="activity")
         serve(store, serves=[orders, charge])
-        assert by_name(store) == {"orders": orders, "charge": charge}
+        assert by_name(store) == {
+            "orders": replace(orders, queues=("default",)),
+            "charge": replace(charge, queues=("default",)),
+        }
         store.retire("worker")
         assert {name: served.live for name, served in by_name(store).items()} == {"orders": False, "charge": False}
+
+    def test_the_queues_from_which_the_living_take_are_known(self, store: Store) -> None:
+        serve(store, "one", queues=["slow", "default"])
+        serve(store, "two", queues=["default", "fast"])
+        serve(store, "other", workflows=["returns"], queues=["other"])
+        assert by_name(store)["orders"].queues == ("default", "fast", "slow")
+        store.retire("two")
+        assert by_name(store)["orders"].queues == ("default", "slow")
+        store.retire("one")
+        assert by_name(store)["orders"].queues == ()
 
     def test_what_was_announced_last_is_true(self, store: Store) -> None:
         serve(store, "old", serves=[Announced(name="orders", signature=1)])

@@ -473,7 +473,7 @@ class Checks:
         if process.down or process.leaving or row.kind == "activity" or row.epoch != epoch or row.ended_at is not None:
             return
         owner = process.shift.incarnation
-        if row.owner != owner or info.id in shadow.outcomes:
+        if row.owner != owner or info.id in shadow.outcomes or shadow.attempts[info.id] >= info.attempt:
             return
         if not any(r.this.id == info.run_id and not r.gone for r in process.shift.residents.values()):
             return  # It was dropped whole.

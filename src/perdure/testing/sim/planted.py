@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from msgspec import UNSET
 from msgspec.structs import replace
 
 from perdure.core import events as ev
@@ -107,7 +108,7 @@ def _effect_first(original: Any) -> Any:
 
 
 def _counter_in_memory(original: Any) -> Any:
-    def deliver(self: Resident, event: Any, value: Any) -> None:
+    def deliver(self: Resident, event: Any, value: Any = UNSET) -> None:
         if isinstance(event, ev.AttemptFailed):
             self.play.deliver(event, value)
         else:
@@ -119,7 +120,7 @@ def _counter_in_memory(original: Any) -> Any:
 def _outcome_lost(original: Any) -> Any:
     def rebuild(self: Resident, gathered: Any) -> None:
         for one in (gathered, self.open):
-            one.inputs = [each for each in one.inputs if not isinstance(each[0], ev.LOCAL_OUTCOMES)]
+            one.events = [event for event in one.events if not isinstance(event, ev.LOCAL_OUTCOMES)]
         original(self, gathered)
 
     return rebuild
@@ -157,7 +158,7 @@ def _life_too_early(original: Any) -> Any:
 
     def patched(self: Line, change: str, site: str) -> bool:
         if self.replaying and self.last_input and change not in self.answers:
-            self.answers[change] = True
+            self.answers = {**self.answers, change: True}
             self.expected.clear()
             self.replaying = False
             self.commands.append(ev.Patched(change=change, site=site))

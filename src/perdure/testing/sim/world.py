@@ -451,10 +451,8 @@ class World:
         self._drawn += 1
         return hashlib.blake2b(f"{self.tape.seed}:{self._drawn}".encode(), digest_size=count).hexdigest()
 
-    token_hex = hex
-
-    def randbits(self, bits: int) -> int:
-        return int(self.hex(16), 16) % (1 << bits)
+    def drawn(self, count: int) -> bytes:
+        return bytes.fromhex(self.hex(count))
 
     def spread(self) -> float:
         return self.tape.choose(8, "jitter") / 8
@@ -827,7 +825,7 @@ class World:
 def _ours(world: World) -> Iterator[None]:
     """The few globals that the engine asks for, for as long as one universe lives."""
     client: Any = perdure.client
-    secrets, client.secrets = client.secrets, world
+    entropy, client.entropy = client.entropy, world
     most, committer_module.MOST = committer_module.MOST, world.config.batch  # type: ignore[misc]
     before, flows.WORLD = flows.WORLD, world
     disabled = logging.root.manager.disable
@@ -837,4 +835,4 @@ def _ours(world: World) -> Iterator[None]:
         yield
     finally:
         logging.disable(disabled)
-        client.secrets, committer_module.MOST, flows.WORLD = secrets, most, before  # type: ignore[misc]
+        client.entropy, committer_module.MOST, flows.WORLD = entropy, most, before  # type: ignore[misc]
