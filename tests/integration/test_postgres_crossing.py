@@ -194,3 +194,13 @@ def test_another_process_is_told(opened: Open) -> None:
 
 def claims_as(store: PostgresStore, name: str) -> list:  # type: ignore[type-arg]  # heads
     return store.claim(Claim(incarnation=name, namespace=NAMESPACE, queues=["default"], workflows=["orders"]))
+
+
+def test_a_new_owner_hears_of_mail_that_was_at_rest(opened: Open) -> None:
+    store = opened()
+    run = started(store)
+    sending(store, run, "early")
+    announce(store)
+    [head] = claims_as(store, "worker")
+    assert [message.id for message in head.mail] == ["early"]
+    assert [message.id for message in store.mail("worker")] == ["early"]

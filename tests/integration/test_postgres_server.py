@@ -228,7 +228,7 @@ def test_the_url_names_everything_but_secrets(database: servers.Database, schema
 
 
 def test_a_password_that_changes_is_asked_for_at_every_connect(opened: Open) -> None:
-    asked = []
+    asked: list[int] = []
 
     def password() -> str:
         asked.append(len(asked))
@@ -317,7 +317,7 @@ def test_what_was_committed_before_the_answer_was_lost_is_written_once(
     store = opened()
     holder = held(store)
     receiver = started(store, "receiver")
-    lost = []
+    lost: list[object] = []
     collect = Pipe.collect
 
     def answers(pipe: Pipe) -> object:

@@ -109,6 +109,9 @@ class Store(Protocol):
     transactions: bool
     """Whether steps and callers can work in one transaction with it; without, `transaction` and `write_on` refuse."""
 
+    rounds: float
+    """Seconds between two rounds of housekeeping (`reap`, `overdue`) that suit the store now."""
+
     def now(self) -> int:
         """The store's clock, in microseconds since the epoch, UTC; a lower bound if it is far away."""
 

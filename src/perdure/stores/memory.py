@@ -98,6 +98,7 @@ class MemoryStore:
     url: str = "memory://"
     durability: str = "D1"
     transactions: bool = False
+    rounds: float = 0.5
 
     def __init__(self, *, clock: Callable[[], int] | None = None) -> None:
         self._clock = clock or (lambda: time.time_ns() // 1000)

@@ -207,9 +207,12 @@ class Housekeeper:
 
 
 class Serving:
-    """A thread that calls a step again and again until it is stopped; trouble with the store slows it down."""
+    """A thread that calls a step again and again until it is stopped; trouble with the store slows it down.
 
-    def __init__(self, name: str, step: Callable[[], Any], *, pause: float = 0.0) -> None:
+    pause: how many seconds to wait after each.
+    """
+
+    def __init__(self, name: str, step: Callable[[], Any], *, pause: Callable[[], float] | None = None) -> None:
         self._step = step
         self._pause = pause
         self._stop = threading.Event()
@@ -230,8 +233,8 @@ class Serving:
             try:
                 self._step()
                 failures = 0
-                if self._pause:
-                    self._stop.wait(self._pause)
+                if self._pause is not None:
+                    self._stop.wait(self._pause())
             except PerdureError as error:
                 if self._stop.is_set():
                     return

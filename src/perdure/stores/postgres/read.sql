@@ -134,10 +134,6 @@ SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::int8, pg_backend_pid()
     current_setting('default_transaction_read_only'), current_setting('synchronous_commit'), current_setting('fsync'),
     current_setting('server_version_num')::int4, current_setting('server_encoding');
 
--- name: clock
--- The server's clock.
-SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::int8;
-
 -- name: id
 -- Which store this is.
 SELECT id FROM perdure.store;

@@ -137,8 +137,7 @@ class PostgresStore:
         self._heard: dict[str, _Heard] = {}
         self._timer: int | None = None  # the next one that a claim has seen
         self._overdue: tuple[bool, float] | None = None  # what a round has just seen
-        self.rounds = CALM
-        """Seconds between two rounds of housekeeping that suit this store now."""
+        self.rounds: float = CALM
 
         with ours(self.url):
             self._prepare(migrate)
@@ -297,8 +296,8 @@ class PostgresStore:
             now = self._clock()
             with ours(self.url):
                 found = self._on_heart("beat", incarnation=incarnation, now=now, backend=self._backend())
-                if self._clock is self._server_clock:
-                    self._server_clock.set(self._on_heart("clock")[0][0])
+        if found and self._clock is self._server_clock:
+            self._server_clock.set(found[0][1])
         if not found:
             self._own.pop(incarnation, None)
             return None

@@ -72,13 +72,14 @@ ON CONFLICT (incarnation) DO UPDATE SET
 RETURNING incarnation;
 
 -- name: beat
--- An incarnation lives, and by this connection if there is one (0: none); its lease's length is the answer.
+-- An incarnation lives, and by this connection if there is one (0: none); the answer is its lease's length, and
+-- the server's clock.
 UPDATE perdure.workers AS worker SET
     beat_at = $now::int8,
     backend = nullif($backend::int4, 0),
     backend_start = (SELECT session.backend_start FROM pg_stat_get_activity($backend::int4) AS session)
 WHERE worker.incarnation = $incarnation::text AND worker.dead = 0
-RETURNING worker.ttl;
+RETURNING worker.ttl, (extract(epoch FROM clock_timestamp()) * 1000000)::int8;
 
 -- name: serve
 -- Keep what was announced, the newest announcement of a name over older ones.

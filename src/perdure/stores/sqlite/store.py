@@ -79,6 +79,7 @@ class SQLiteStore:
     durability: str
     now: Callable[[], int]  # itself the clock: it is asked at every input
     transactions: bool = True
+    rounds: float = 0.5
 
     def __init__(
         self,
