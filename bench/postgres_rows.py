@@ -299,7 +299,7 @@ def soak(scale: Scale, postgres: Postgres) -> list[Line]:
                 at_most("times", last["cpu_ms"] / first["cpu_ms"], 1.3),
                 at_most("runs lost", sum(each["lost"] for each in found["minutes"]), 0),
             ),
-            note=f"{found['pruned']:,} runs pruned",
+            note=f"{found['pruned']:,} runs pruned in {found['pruned_in_s']:.1f} s",
         ),
         Line(
             what=f"{what}: start to result, p50",
