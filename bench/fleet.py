@@ -83,13 +83,12 @@ class Load:
         await asyncio.gather(*(one_after_another() for _ in range(concurrency)))
 
     async def paced(self, rate: float, seconds: float) -> None:
-        """A tenth of a second's runs every tenth of a second."""
         began = time.perf_counter()
         begun: set[asyncio.Future[None]] = set()
         while (passed := time.perf_counter() - began) < seconds:
             for _ in range(int(rate * passed) - len(begun)):
                 begun.add(asyncio.ensure_future(self.one()))
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.01)
         await asyncio.gather(*begun)
 
 
@@ -159,13 +158,13 @@ def notes(ledger: Path) -> list[tuple[str, str, int, float]]:
 
 
 async def soak(asked: argparse.Namespace) -> Answer:
-    """Two workers under an even load while ended runs are pruned in every second half minute."""
+    """Two workers under an even load; in the middle of each minute `perdure prune` removes what ended before."""
     processes = await started(asked)
     server = Server(asked.store)
     minutes: list[Answer] = []
     quiet: list[float] = []
     cleaning: list[float] = []
-    pruned = 0
+    pruned, seconds = 0, 0.0
 
     def cpu() -> float:
         return sum(proc.of_process(each.pid) for each in processes) + server.cpu()
@@ -174,13 +173,15 @@ async def soak(asked: argparse.Namespace) -> Answer:
         await asyncio.sleep(2.0)
         await Load(client).paced(asked.rate, asked.minute / 6)
         for _ in range(asked.minutes):
-            load, spent, half = Load(client), cpu(), time.time() + asked.minute / 2
-            pruning = asyncio.ensure_future(prune(asked, half, half + asked.minute / 2))
+            load, spent = Load(client), cpu()
+            pruning = asyncio.ensure_future(prune(asked, asked.minute / 2))
             await load.paced(asked.rate, asked.minute)
-            pruned += await pruning
+            began, over, removed = await pruning
+            pruned += removed
+            seconds += over - began
             runs = load.done.total()
             for at, ms in load.claim_ms:
-                (quiet if at < half else cleaning).append(ms)
+                (cleaning if began <= at <= over else quiet).append(ms)
             minutes.append(
                 {
                     "cpu_ms": 1000 * (cpu() - spent) / runs,
@@ -195,25 +196,23 @@ async def soak(asked: argparse.Namespace) -> Answer:
         "minutes": minutes,
         "rate": asked.rate,
         "pruned": pruned,
+        "pruned_in_s": seconds,
         "quiet_claim_ms": percentile(quiet, 0.99),
         "cleaning_claim_ms": percentile(cleaning, 0.99),
     }
 
 
-async def prune(asked: argparse.Namespace, begin: float, end: float) -> int:
-    """`perdure prune` again and again between these times; how many runs it removed."""
-    await asyncio.sleep(max(0.0, begin - time.time()))
+async def prune(asked: argparse.Namespace, wait: float) -> tuple[float, float, int]:
+    """`perdure prune` after so many seconds: when it began, when it had ended, how many runs it removed."""
+    await asyncio.sleep(wait)
     age = asked.minute / 6
     command = [sys.executable, "-m", "perdure", "prune", f"--store={asked.store}", f"--older-than={age:g}s", "--json"]
-    pruned = 0
-    while time.time() < end:
-        pruning = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-        said, _ = await pruning.communicate()
-        if pruning.returncode:
-            raise RuntimeError(f"perdure prune ended with {pruning.returncode}")
-        pruned += json.loads(said)["runs"]
-        await asyncio.sleep(asked.minute / 60)
-    return pruned
+    began = time.time()
+    pruning = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    said, _ = await pruning.communicate()
+    if pruning.returncode:
+        raise RuntimeError(f"perdure prune ended with {pruning.returncode}")
+    return began, time.time(), json.loads(said)["runs"]
 
 
 MEASUREMENTS = {each.__name__: each for each in (serve, workers, recovery, soak)}

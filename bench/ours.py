@@ -223,7 +223,7 @@ async def beside(store: str, asked: argparse.Namespace) -> Answer:
 
 
 async def transactions(store: str, asked: argparse.Namespace) -> Answer:
-    """Milliseconds of an ordinary step and of transaction steps, in one run alone."""
+    """Milliseconds of an ordinary step and of transaction steps, in one run alone; as many blocks as --runs."""
     if store.startswith("postgres"):
         server = Server(store)
         server.db.execute("CREATE TABLE bench_effect (n bigint)")
@@ -232,8 +232,8 @@ async def transactions(store: str, asked: argparse.Namespace) -> Answer:
         with sqlite3.connect(store.removeprefix("sqlite:///")) as db:
             db.execute("CREATE TABLE bench_effect (n bigint)")
     async with engine_on(store) as engine:
-        await (await engine.start(compared, 20)).result()
-        found: Answer = await (await engine.start(compared, asked.steps)).result()
+        await (await engine.start(compared, 1)).result()
+        found: Answer = await (await engine.start(compared, asked.runs)).result()
     return found
 
 

@@ -176,7 +176,7 @@ def transaction(scale: Scale, postgres: Postgres) -> list[Line]:
     rounds = []
     for _ in range(scale.rounds):
         with postgres.fresh() as store:
-            rounds.append(ours("transactions", store=store, steps=int(100 * scale.seconds)))
+            rounds.append(ours("transactions", store=store, runs=max(3, int(10 * scale.seconds))))
     step, empty, insert = (median(each[kind] for each in rounds) for kind in ("step", "empty", "insert"))
     return [
         Line(
@@ -299,7 +299,7 @@ def soak(scale: Scale, postgres: Postgres) -> list[Line]:
                 at_most("times", last["cpu_ms"] / first["cpu_ms"], 1.3),
                 at_most("runs lost", sum(each["lost"] for each in found["minutes"]), 0),
             ),
-            note=f"{found['pruned']:,} runs pruned",
+            note=f"{found['pruned']:,} runs pruned in {found['pruned_in_s']:.1f} s",
         ),
         Line(
             what=f"{what}: start to result, p50",
