@@ -24,7 +24,7 @@ class Line:
     pid: int
     epoch: int
     at: int
-    mono: float
+    mono: float = 0.0
     """By a clock that nobody sets."""
 
 

@@ -1,8 +1,5 @@
 """What the runs of all scenarios do. Every step's function writes into the ledger of effects where it begins and ends.
 
-A line of the ledger is one `write` to a file opened with O_APPEND: lines of several processes do not mix, and none is
-half there after a kill. So the ledger says what really happened, beside what the store says.
-
 A step called `after-NAME` stands behind the sleep NAME: the audit sees to it that it never begins before its time.
 """
 
@@ -10,13 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import json
 import os
 import random
 import time
-from collections.abc import Callable
 from typing import Any, Final
 
+from chaos.ledger import note
 from perdure import Context, Retry, activity, current_step, workflow
 from perdure.sync import Context as SyncContext
 
@@ -24,31 +20,6 @@ SOON: Final = Retry(max_attempts=4, first_delay=0.02)
 ONCE: Final = Retry(max_attempts=1)
 FAR: Final = 100
 """What the last step of an order adds."""
-
-
-class Ledger:
-    """Where this process writes what it did. `epoch` tells under which claim a run is held here."""
-
-    file = -1
-    clock: Callable[[], int] = staticmethod(lambda: time.time_ns() // 1000)
-    epoch: Callable[[str, str], int] = staticmethod(lambda run, step: 0)
-
-
-def note(what: str) -> None:
-    """One line: what, run, step, attempt, key, process, epoch of the claim, time by the clock of the store."""
-    info = current_step()
-    line = {
-        "what": what,
-        "run": info.run_id,
-        "step": info.id,
-        "attempt": info.attempt,
-        "key": info.key,
-        "pid": os.getpid(),
-        "epoch": Ledger.epoch(info.run_id, info.id),
-        "at": Ledger.clock(),
-        "mono": time.monotonic(),
-    }
-    os.write(Ledger.file, json.dumps(line).encode() + b"\n")
 
 
 # --- steps ---
@@ -112,6 +83,22 @@ async def quick(ctx: Context, n: int) -> int:
     return int(await ctx.step.run("b", effect, a))
 
 
+def pay(db: Any, table: str) -> None:
+    """Writes a row of the user's own, by either driver; the audit counts them."""
+    note("begin")
+    info = current_step()
+    db.execute(f"INSERT INTO {table} VALUES ('{info.run_id}', '{info.id}')")
+    note("end")
+
+
+@workflow
+async def transfer(ctx: Context, n: int, table: str) -> int:
+    a = await ctx.step.run("a", effect, n)
+    await ctx.step.transaction("pay", pay, table)
+    await ctx.step.transaction("pay-again", pay, table)
+    return int(await ctx.step.run("b", effect, a))
+
+
 @workflow
 async def part(ctx: Context, n: int) -> int:
     a = await ctx.step.run("a", effect, n)
@@ -158,7 +145,7 @@ ORDERS: Final = ("order", "order_sync", "order_generator")
 
 def result_of(workflow: str, n: int) -> int:
     """What a run of the ordinary load returns: our own calculation. An order is signalled its own number."""
-    if workflow == "quick":
+    if workflow in ("quick", "transfer"):
         return n + 2
     a = n + 1
     return (a + 1 + a * 2 + n) + 2 + FAR
@@ -178,6 +165,18 @@ async def parked(ctx: Context, n: int) -> int:
     a = await ctx.step.run("a", at_once, n)
     go = await ctx.step.wait_signal("go", returns=int)
     return int(await ctx.step.run("b", at_once, a + go))
+
+
+@workflow
+async def walks(ctx: Context, steps: int, pause: float) -> int:
+    """Goes on with its steps while it waits for a signal."""
+
+    async def walk() -> None:
+        for number in range(steps):
+            await ctx.step.run(f"walk-{number}", effect, number, pause)
+
+    go, _ = await asyncio.gather(ctx.step.wait_signal("go", returns=int), walk())
+    return int(go)
 
 
 @workflow
@@ -216,7 +215,7 @@ def eats_memory() -> None:
     hoard = []
     while True:
         hoard.append(b"x" * 8_000_000)
-        time.sleep(0.001)
+        time.sleep(0.005)
 
 
 def holds_the_interpreter(seconds: float) -> str:

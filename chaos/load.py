@@ -13,8 +13,8 @@ from chaos.stage import Stage, Violated
 from perdure import Client, RunFinished, StoreError
 
 T = TypeVar("T")
-QUICK_OF: Final = 4
-"""One run in so many is an order, which takes some 15 commits; the others are quick."""
+EVERY: Final = 4
+"""One run in so many is an order, which takes some 15 commits; one is a transfer, the others are quick."""
 
 
 class Load:
@@ -23,7 +23,7 @@ class Load:
     Only what returned counts as acknowledged. Any other error is a violation: a driver's has no business here.
     """
 
-    def __init__(self, stage: Stage, client: Client, *, transactions: bool = False) -> None:
+    def __init__(self, stage: Stage, client: Client) -> None:
         self.stage = stage
         self.client = client
         self.number = 0
@@ -44,14 +44,20 @@ class Load:
         """Start one run; if it is an order, send it its signal: at once, or late, or twice."""
         self.number += 1
         number, chance, promised = self.number, self.stage.chance, self.stage.promised
-        workflow = ORDERS[number // QUICK_OF % 3] if number % QUICK_OF == 0 else "quick"
+        workflow = "quick"
+        args: list[Any] = [number]
+        if number % EVERY == 0:
+            workflow = ORDERS[number // EVERY % 3]
+        elif number % EVERY == 2:
+            workflow = "transfer"
+            args.append(self.stage.base.names["rows"])
         run = f"{workflow}-{number}"
         asked = time.monotonic()
-        handle = await self.insist(lambda: self.client.options(id=run).start(workflow, number))
+        handle = await self.insist(lambda: self.client.options(id=run).start(workflow, *args))
         self.latencies.append((asked, time.monotonic() - asked))
         promised.started.append(run)
         promised.results[run] = json.dumps(result_of(workflow, number))
-        if workflow == "quick":
+        if workflow not in ORDERS:
             return
         await asyncio.sleep(chance.choice((0, 0, 0.05, 0.3)))
         message = f"go-{number}"

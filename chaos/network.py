@@ -42,7 +42,7 @@ async def cut(stage: Stage) -> None:
             load = Load(stage, client)
             for proxy in (*proxies, own):
                 proxy.cut_share = 0.05
-            await load.run(stage.pick(3.0, 30.0, 600.0), stage.pick(30, 50, 100))
+            await load.run(stage.pick(2.0, 30.0, 600.0), stage.pick(30, 50, 100))
             for proxy in (*proxies, own):
                 proxy.cut_share = 0.0
             await stage.healed()

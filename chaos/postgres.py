@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-import os
 import time
 import uuid
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
 import psycopg
@@ -71,7 +69,11 @@ class PostgresBase:
         self.server = server
         self.schema = f"chaos_{uuid.uuid4().hex[:12]}"
         self.url = f"{server.url}&schema={self.schema}"
-        self.names: Mapping[str, str] = {name: f"{self.schema}.{name}" for name in ("runs", "workers", "history")}
+        self.names: Mapping[str, str] = {
+            "runs": f"{self.schema}.runs",
+            "workers": f"{self.schema}.workers",
+            "rows": f"{self.schema}.chaos_rows",
+        }
         self._db: psycopg.Connection[Any] | None = None
 
     def prepare(self) -> None:
@@ -162,35 +164,11 @@ def shared() -> PostgresServer:
     return PostgresServer().start()
 
 
+def lives(server: PostgresServer) -> bool:
+    """Whether the server's process has not ended by itself."""
+    return server._process is not None and server._process.poll() is None
+
+
 def found() -> bool:
     """Whether there is a server that we may start and kill."""
     return bool(installations())
-
-
-FAKETIME: Final = ("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1", "/usr/lib/faketime/libfaketime.so.1")
-
-
-class FakeTime:
-    """A server whose clock is wrong by what stands in a file: libfaketime, where it is installed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.file = folder / "faketime"
-        self.library = next(
-            (path for path in (os.environ.get("PERDURE_FAKETIME", ""), *FAKETIME) if os.path.isfile(path)), None
-        )
-
-    def set(self, microseconds: int) -> None:
-        """Let the clock be wrong by so much from now on."""
-        written = self.file.with_suffix(".new")
-        written.write_text(f"{microseconds / 1_000_000:+.6f}\n", encoding="ascii")
-        written.chmod(0o644)
-        written.rename(self.file)
-
-    def environment(self) -> dict[str, str]:
-        assert self.library is not None
-        return {
-            "LD_PRELOAD": self.library,
-            "FAKETIME_TIMESTAMP_FILE": str(self.file),
-            "FAKETIME_NO_CACHE": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        }

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Final
 
 from chaos import clock, disk, foreign, network, poison, postgres, processes, servers, versions
+from chaos import open as open_
 from chaos.planted import PLANTED
 from chaos.sqlite import SQLiteBase
-from chaos.stage import SIZES, Base, Report, Scenario, Stage, Violated
+from chaos.stage import SIZES, Base, Report, Scenario, Skipped, Stage, Violated
+from tests.servers import PostgresServer
 
 STORES: Final = ("sqlite", "postgres")
 SQLITE: Final = ("sqlite",)
@@ -40,6 +42,7 @@ SCENARIOS: Final = (
     Scenario(name="memory", play=poison.memory),
     Scenario(name="versions", play=versions.versions),
     Scenario(name="migrations", play=versions.migrations),
+    Scenario(name="open", play=open_.signalled),
     Scenario(name="disk", play=disk.disk),
     Scenario(name="clock", play=clock.clock),
     Scenario(name="lock", play=foreign.lock, stores=SQLITE),
@@ -87,10 +90,10 @@ def staged(scenario: Scenario, folder: Path, report: Report) -> Iterator[Stage]:
         base: Base
         if report.store == "sqlite":
             base = SQLiteBase(place)
-            if scenario.name == "disk" and (unmount := disk.small_disk(place)) is not None:
-                after.callback(unmount)
+            if scenario.name == "disk":
+                disk.small_disk(place, after)
         else:
-            base = postgres.PostgresBase(postgres.shared())
+            base = postgres.PostgresBase(_server(scenario.name, after))
             after.callback(base.close)
         # What the engine says in this very process, the client's.
         log = logging.FileHandler(folder / "client.log")
@@ -99,6 +102,17 @@ def staged(scenario: Scenario, folder: Path, report: Report) -> Iterator[Stage]:
         logger.addHandler(log)
         after.callback(logger.removeHandler, log)
         yield Stage(base, folder, report)
+
+
+def _server(scenario: str, after: ExitStack) -> PostgresServer:
+    """The server of a scenario: one of its own where it harms more than the processes of one."""
+    if not postgres.found():
+        raise Skipped("no PostgreSQL is found here")
+    if scenario == "disk":
+        return disk.server_on_small_disk(after)
+    if scenario == "clock":
+        return clock.server_with_clock(after)
+    return postgres.shared()
 
 
 def run(
@@ -114,6 +128,8 @@ def run(
         with staged(scenario, folder, report) as stage:
             stage.planted = planted
             asyncio.run(played(scenario, stage))
+    except Skipped as skipped:
+        report.skipped = str(skipped)
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)

@@ -18,7 +18,7 @@ async def crash(stage: Stage) -> None:
     await stage.workers(2)
     async with Client(base.url) as client:
         load = Load(stage, client)
-        seconds = stage.pick(4.0, 60.0, 1200.0)
+        seconds = stage.pick(3.5, 60.0, 1200.0)
         running = asyncio.create_task(load.run(seconds, stage.pick(30, 50, 100)))
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline - stage.pick(2.5, 5.0, 40.0):
@@ -34,12 +34,12 @@ async def crash(stage: Stage) -> None:
 async def outage(stage: Stage) -> None:
     """The server is stopped for a while: typed errors, less than one try per second and worker; then all goes on."""
     base = server_of(stage)
-    down = stage.pick(4.0, 40.0, 600.0)
+    down = stage.pick(2.5, 40.0, 600.0)
     async with AsyncExitStack() as stack:
         proxies = await proxied(stage, 2, stack)
         async with Client(base.url) as client:
             load = Load(stage, client)
-            running = asyncio.create_task(load.run(down + stage.pick(1.5, 5.0, 30.0), 10))
+            running = asyncio.create_task(load.run(down + stage.pick(1.0, 5.0, 30.0), 10))
             await asyncio.sleep(stage.pick(0.7, 3.0, 10.0))
             await asyncio.to_thread(base.server.stop)
             before = [proxy.accepted for proxy in proxies]
@@ -53,5 +53,5 @@ async def outage(stage: Stage) -> None:
     rate = sum(tries) / len(tries) / down
     stage.note(f"{rate:.2f} tries per second and worker while the server was away ({tries} in {down:g} s)")
     # Back-off begins at 50 ms: in a few seconds its first, quick tries are a large share.
-    if rate >= stage.pick(2.5, 1.0, 1.0):
+    if rate >= stage.pick(4.0, 1.0, 1.0):
         stage.violated(f"INV-23: {rate:.2f} tries per second and worker while the server was away")

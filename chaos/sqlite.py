@@ -6,7 +6,7 @@ import json
 import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -61,7 +61,7 @@ class SQLiteBase:
     """One file, watched from the beginning."""
 
     kind = "sqlite"
-    names: Final = {"runs": "perdure_runs", "workers": "perdure_workers", "history": "perdure_history"}
+    names: Mapping[str, str] = {"runs": "perdure_runs", "workers": "perdure_workers", "rows": "chaos_rows"}
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "runs.db"

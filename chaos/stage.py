@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
@@ -30,15 +31,21 @@ class Violated(Exception):
     """A scenario saw a promise broken and cannot go on."""
 
 
+class Skipped(Exception):
+    """A scenario cannot be played here; the text says why."""
+
+
 class Base(Protocol):
     """A store as a scenario needs it; `sqlite.py` and `postgres.py` have one each."""
 
     kind: str
     url: str
+    names: Mapping[str, str]
 
     def prepare(self) -> None: ...
     def fresh(self, number: int) -> str: ...
     def ask(self, query: str) -> list[tuple[Any, ...]]: ...
+    def connection(self) -> AbstractContextManager[Any]: ...
     def now(self) -> int: ...
     def facts(self) -> facts.Facts: ...
 

@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from chaos import flows
+from chaos.ledger import Ledger
 from perdure import Limits, SQLiteStore, Worker
 from perdure.stores.contract import Store
 from perdure.worker import residents
 from perdure.worker.lease import Heartbeat
-from perdure.worker.shift import Shift
 
 NEXT_MIGRATION = """
 ALTER TABLE perdure_runs ADD COLUMN note TEXT NOT NULL DEFAULT '';
@@ -63,31 +63,15 @@ def become_newer() -> None:
     migrations.MIGRATIONS = (*migrations.MIGRATIONS, added)  # type: ignore[misc]  # a final name, for all but us
 
 
-def remember_claims() -> None:
-    """Let the ledger know under which claim a run, or the activity of a run's step, is held here."""
-    epochs: dict[tuple[str, str], int] = {}
-    take_up = Shift._take_up
-
-    def noted(self: Shift, head: Any, events: Any) -> None:
-        row = head.row
-        epochs[(row.id, "") if row.kind == "workflow" else (row.parent_id, row.parent_step)] = row.epoch
-        take_up(self, head, events)
-
-    Shift._take_up = noted  # type: ignore[method-assign]
-    flows.Ledger.epoch = staticmethod(lambda run, step: epochs.get((run, step)) or epochs[run, ""])
-
-
 def store_of(url: str, clock: str | None) -> str | Store:
     """What the worker is given as its store."""
     if clock is None:
         return url
-    flows.Ledger.clock = staticmethod(wrong_clock(clock))
-    return SQLiteStore(url.removeprefix("sqlite:///"), clock=flows.Ledger.clock)
+    Ledger.clock = staticmethod(wrong_clock(clock))
+    return SQLiteStore(url.removeprefix("sqlite:///"), clock=Ledger.clock)
 
 
-async def main(url: str, ledger: str, settings: dict[str, Any]) -> int:
-    flows.Ledger.file = os.open(ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    remember_claims()
+async def main(url: str, settings: dict[str, Any]) -> int:
     if settings.pop("newer", False):
         become_newer()
     if settings.pop("heartless", False):
@@ -115,6 +99,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(name)s %(message)s")
     logging.getLogger("perdure.worker").setLevel(logging.DEBUG)
-    code = asyncio.run(main(sys.argv[1], sys.argv[2], json.loads(Path(sys.argv[3]).read_text(encoding="utf-8"))))
+    code = asyncio.run(main(sys.argv[1], json.loads(Path(sys.argv[3]).read_text(encoding="utf-8"))))
     # As `perdure worker`: threads that nobody can stop do not keep the process.
     os._exit(code)

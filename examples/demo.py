@@ -2,6 +2,8 @@
 
 The killed worker had sent the charge, the service had booked it, and nothing was recorded yet: the worst moment. The
 next worker repeats the step with the same idempotency key, so the service's own ledger has one charge per order.
+
+`python examples/demo.py URL` plays the same on another store: postgresql://user@host/database
 """
 
 import asyncio
@@ -42,8 +44,8 @@ def get(url: str) -> Any:
 class Stage:
     """The processes of the demo, and the folder with the store and the worker's log."""
 
-    def __init__(self, folder: Path) -> None:
-        self.store = f"sqlite:///{folder}/shop.db"
+    def __init__(self, folder: Path, store: str | None) -> None:
+        self.store = store or f"sqlite:///{folder}/shop.db"
         self.log: IO[bytes] = (folder / "worker.log").open("wb")
         self.environment = {**os.environ, "PERDURE_STORE": self.store}
         self.processes: list[subprocess.Popen[Any]] = []
@@ -141,7 +143,7 @@ def faults(account: Any, *, killed: bool) -> list[str]:
 
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="perdure-demo-") as folder:
-        stage = Stage(Path(folder))
+        stage = Stage(Path(folder), sys.argv[1] if len(sys.argv) > 1 else None)
         try:
             wrong = asyncio.run(play(stage))
         except BaseException:

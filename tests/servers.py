@@ -95,6 +95,7 @@ class PostgresServer:
         self._settings = {**SETTINGS, **(settings or {})}
         self._user = UNPRIVILEGED if os.geteuid() == 0 else ()
         self._process: subprocess.Popen[bytes] | None = None
+        self._guardian: subprocess.Popen[bytes] | None = None
         # Short: a socket's path has at most 107 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="perdure-pg-", dir="/tmp" if os.path.isdir("/tmp") else None))
         self.folder.chmod(0o755)
@@ -128,6 +129,7 @@ class PostgresServer:
             stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         log.close()
+        self._guard()
         deadline = time.monotonic() + 60
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -135,9 +137,25 @@ class PostgresServer:
             time.sleep(0.02)
         return self
 
+    def _guard(self) -> None:
+        """See that the server ends with us, also when nobody lets us say so: our end of a pipe is closed then."""
+        self._relieve()
+        watch = 'read -r _; kill -INT "$0" && sleep 2; kill -QUIT "$0"; rm -rf "$1"'
+        self._guardian = subprocess.Popen(
+            ["sh", "-c", watch, str(self.pid), self.folder],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+
+    def _relieve(self) -> None:
+        guardian, self._guardian = self._guardian, None
+        if guardian is not None:
+            guardian.kill()
+            guardian.communicate()
+
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
         """Stop it; by default its sessions are ended first. Twice is once."""
         if self._process is not None:
+            self._relieve()
             self._process.send_signal(how)
             self._process.wait(60)
             self._process = None
@@ -145,6 +163,7 @@ class PostgresServer:
     def kill(self) -> None:
         """`kill -9` of the server and of all it has forked: nothing is said to anybody, nothing is written."""
         if self._process is not None:
+            self._relieve()
             pids = _family(self._process.pid)
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):

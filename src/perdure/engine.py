@@ -74,7 +74,7 @@ class _Serves(Core):
         ]
         if self.told is not None:
             self._suspects = Suspects(self.store, shift, self.told)
-            self._threads.append(Serving("perdure-suspects", self._suspects.step, pause=LOOK_FOR_SUSPECTS))
+            self._threads.append(Serving("perdure-suspects", self._suspects.step, pause=lambda: LOOK_FOR_SUSPECTS))
         served = ", ".join(self.registry.workflows) or "no workflow"
         log.info("worker %s serves %s on %s (%s)", shift.incarnation[:8], served, self.store.url, self.store.durability)
 
@@ -89,7 +89,7 @@ class _Serves(Core):
             ended_run=self.run_ended,
         )
         self.committer = self.shift.committer
-        self.thread = CommitterThread(self.committer)
+        self.thread = CommitterThread(self.committer, self.loop, self.shift._read)
 
     async def drain(self, grace: float) -> bool:
         """Begin nothing new and wait until what is in flight has ended; False if the grace ran out."""

@@ -62,6 +62,7 @@ class AgainstMemory(RuleBasedStateMachine):
         self.real = self.make(self.clock)
         self.keys: dict[int, int] = {}  # a run's key in the model -> in the store
         self.known: dict[int, int] = {}  # and back
+        self.parents: set[tuple[int, str]] = set()  # steps that have asked for a child
         self.last = Batch()
         self.unique = itertools.count()
         self.fresh: list[str] = []  # ids and keys that no start of this batch has yet
@@ -120,6 +121,7 @@ class AgainstMemory(RuleBasedStateMachine):
         limit=st.integers(1, 4),
         max_bytes=st.sampled_from([1, 1_000_000]),
         alone=st.booleans(),
+        only_suspects=st.booleans(),
     )
     def claim(self, **wanted: Any) -> None:
         claim = Claim(incarnation=wanted.pop("worker"), **wanted)
@@ -210,7 +212,8 @@ class AgainstMemory(RuleBasedStateMachine):
         status = data.draw(st.sampled_from([*Status, Status.RUNNING, Status.WAITING, Status.READY])).value
         events = [f'{{"event":{next(self.unique)}}}' for _ in range(data.draw(st.integers(0, 2)))]
         link = ParentLink(run=run, step=data.draw(st.sampled_from(STEPS)))
-        with_child = data.draw(st.booleans()) if self.fresh else False
+        # A step id is used once in a run, so it has one child at most.
+        with_child = data.draw(st.booleans()) if self.fresh and (run, link.step) not in self.parents else False
         return Turn(
             run=run,
             owner=data.draw(st.sampled_from(["w0", None])) if data.draw(chance) else row.owner,
@@ -231,10 +234,14 @@ class AgainstMemory(RuleBasedStateMachine):
             strike=data.draw(chance),
             result=data.draw(st.sampled_from([None, "1"])),
             error=data.draw(st.sampled_from([None, "2"])),
-            starts=[self.a_start(data, link)] if with_child else [],
+            starts=[self.a_start(data, self.linked(link))] if with_child else [],
             sends=[self.a_send(data) for _ in range(data.draw(st.integers(0, 2)))],
             attempt=data.draw(st.sampled_from([None, 2])),
         )
+
+    def linked(self, link: ParentLink) -> ParentLink:
+        self.parents.add((link.run, link.step))
+        return link
 
     def in_seconds(self, seconds: int) -> int:
         return self.clock() + seconds * SECOND

@@ -7,12 +7,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import servers
+
 DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 
 
 def test_the_demo_charges_each_order_once(tmp_path: Path) -> None:
+    charges_each_order_once(tmp_path)
+
+
+def test_the_same_on_postgresql_by_another_url(tmp_path: Path) -> None:
+    database = servers.needed()
+    with servers.schema(database) as schema:
+        separator = "&" if "?" in database.url else "?"
+        charges_each_order_once(tmp_path, f"{database.url}{separator}schema={schema}")
+
+
+def charges_each_order_once(tmp_path: Path, *url: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(DEMO)], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, str(DEMO), *url], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kill -9" in done.stdout

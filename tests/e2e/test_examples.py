@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Final
 
 import pytest
+
+from tests import servers
 
 EXAMPLES: Final = Path(__file__).parents[2] / "examples"
 PRINTS: Final = {
@@ -39,6 +42,27 @@ def test_an_example(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == PRINTS[name]
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("name", sorted(PRINTS.keys() - {"transaction"}))
+def test_an_example_on_postgresql_by_another_url(name: str, tmp_path: Path) -> None:
+    database = servers.needed()
+    with servers.schema(database) as schema:
+        source = (EXAMPLES / f"{name}.py").read_text()
+        url = f"{database.url}{'&' if '?' in database.url else '?'}schema={schema}"
+        changed, count = re.subn(r'"sqlite:///\w+\.db"', lambda _: repr(url), source)
+        assert count == 1, "an example names its store once"
+        (tmp_path / f"{name}.py").write_text(changed)
+        done = subprocess.run(
+            [sys.executable, "-W", "error", f"{name}.py"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == PRINTS[name]
 
 
 def test_an_example_with_an_id_started_again_has_ended_already(tmp_path: Path) -> None:

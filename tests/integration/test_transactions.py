@@ -365,6 +365,23 @@ async def test_an_attempt_that_takes_too_long_is_rolled_back_at_once(folder: Pat
     assert effects(folder) == []
 
 
+@workflow
+async def runs_out(ctx: Context) -> str:
+    step = ctx.step.options(retry=AT_ONCE, total_timeout=0.3)
+    try:
+        return await step.transaction("slow", slow, 0.8)
+    except StepTimedOut as error:
+        return error.message
+
+
+async def test_what_is_left_of_the_total_timeout_bounds_the_attempt_too(folder: Path) -> None:
+    async with engine(folder, runs_out) as here:
+        run = await here.start(runs_out)
+        assert await run.result(timeout=10) == "Its total_timeout has passed."
+        assert kinds(await run.history()) == ["started", "step_failed", "ended"]
+    assert (effects(folder), calls[:1]) == ([], ["slow"])
+
+
 async def test_a_function_that_holds_the_only_writer_too_long_loses_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -427,6 +444,25 @@ async def test_what_comes_while_it_is_open_comes_behind_it(folder: Path) -> None
     assert "step_completed" in kinds(history)[:5]
     at = [event.at for event in history]
     assert at == sorted(at)
+
+
+@workflow
+async def ends_at_once(ctx: Context) -> str:
+    return await ctx.step.transaction("slow", slow, 0.2)
+
+
+async def test_a_message_that_comes_between_the_outcome_and_the_end_is_listed_unread(folder: Path) -> None:
+    async with engine(folder, ends_at_once) as here:
+        run = await here.start(ends_at_once)
+        await until(lambda: calls == ["slow"])
+        signals = [asyncio.create_task(run.signal("go", n, message_id=f"m-{n}")) for n in range(20)]
+        done = await asyncio.gather(*signals, return_exceptions=True)
+        assert await run.result(timeout=10) == "LATE"
+        history = await run.history()
+    kept = {f"m-{n}" for n, answer in enumerate(done) if answer is None}
+    read = {event.data["message"] for event in history if event.kind == "signal"}
+    assert kept == read | set(history[-1].data.get("unread", ()))
+    assert effects(folder) == ["slow", "late"]
 
 
 @workflow

@@ -7,14 +7,17 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from perdure.runtime.registry import Workflow
+from perdure.stores.sqlite.store import SQLiteStore
 from perdure.testing import sim
 from perdure.testing.sim import flows
+from perdure.testing.sim.mirror import Mirrored
 from perdure.testing.sim.planted import PLANTED, planted
 from perdure.testing.sim.store import FAULTS
 from perdure.testing.sim.world import POWERS, Config
@@ -37,7 +40,7 @@ HAPPENS = {
     *(f"{fault} at reap" for fault in ("crash_before", "crash_after", "ack_lost", "delayed")),
     *(f"crash at {call}" for call in ("history", "mail", "mailbox")),
     *POWERS,
-    *("fenced", "more mail", "committed before", "reaped", "delivered late", "terminated", "killed by its step"),
+    *("fenced", "more mail", "mailbox full", "committed before", "reaped", "delivered late", "terminated", "killed by its step"),
     "left in peace",
 }
 """What has to have happened at least once: a zero is a failure of the tests."""
@@ -68,14 +71,66 @@ def test_everything_that_may_happen_did_happen() -> None:
     assert not HAPPENS - SOMETIMES.keys()
 
 
-@pytest.mark.parametrize("workflow", flows.CANONICAL, ids=lambda workflow: workflow.name)
+@pytest.mark.parametrize("workflow", [*flows.CANONICAL, flows.hurried], ids=lambda workflow: workflow.name)
 def test_a_crash_at_any_call_of_the_store_breaks_no_promise(workflow: Workflow[Any, Any]) -> None:
     calm = sim.run(1, config=Config(only=workflow))
     assert calm.violation is None, calm.text()
     for call in range(1, calm.world.calls + 1):
         for fault in ("crash_before", "crash_after", "ack_lost"):
-            report = sim.run(1, config=Config(only=workflow, crash_at=(call, fault)))
+            report = sim.run(1, config=Config(only=workflow, crash_at=((call, fault),)))
             assert report.violation is None, f"{fault} at call {call}\n{report.text()}"
+
+
+@pytest.mark.parametrize("workflow", flows.SMALL, ids=lambda workflow: workflow.name)
+def test_a_pair_of_crashes_at_the_calls_that_move_runs_breaks_no_promise(workflow: Workflow[Any, Any]) -> None:
+    # A crash at a call that only reads is a crash before the next one that writes.
+    calm = sim.run(1, config=Config(only=workflow))
+    pairs = 0
+    for first in moving(calm, 0):
+        for fault in ("crash_after", "ack_lost"):
+            once = sim.run(1, config=Config(only=workflow, crash_at=((first, fault),)))
+            for second in moving(once, first):
+                pairs += 1
+                crash_at = ((first, fault), (second, "crash_after"))
+                report = sim.run(1, config=Config(only=workflow, crash_at=crash_at))
+                assert report.violation is None, f"{crash_at}\n{report.text()}"
+    print(f"{pairs} pairs")
+    assert pairs > 100
+
+
+def moving(report: sim.Report, after: int) -> list[int]:
+    """The numbers of the calls, behind one, that change something in the store."""
+    calls = enumerate(report.world.called, start=1)
+    return [number for number, call in calls if number > after and call in ("write", "claim", "reap", "announce")]
+
+
+@pytest.mark.parametrize("block", range(2))
+def test_the_same_tape_gives_the_same_histories_on_sqlite(block: int, tmp_path: Path) -> None:
+    compared = 0
+    for seed in range(block * 40, block * 40 + 40):
+
+        def beside(clock: Callable[[], int], path: Path = tmp_path / f"{seed}.db") -> SQLiteStore:
+            return SQLiteStore(path, clock=clock, durability="normal", hints=False)
+
+        report = sim.run(seed, beside=beside)
+        store = report.world.store
+        assert isinstance(store, Mirrored)
+        store.close()
+        assert report.violation is None, f"seed {seed}: {report.violation}"
+        assert sim.run(seed).trace_hash == report.trace_hash, "the store beside has changed the universe"
+        compared += store.compared
+    print(f"{compared} answers, rows and histories compared")
+
+
+def test_a_store_that_answers_otherwise_is_found(tmp_path: Path) -> None:
+    class Forgetful(SQLiteStore):
+        def history(self, run: int, after: int = 0) -> list[str]:
+            return super().history(run, after)[:-1]
+
+    report = sim.run(1, beside=lambda clock: Forgetful(tmp_path / "runs.db", clock=clock, hints=False))
+    report.world.store.close()
+    assert report.violation is not None
+    assert report.violation.id == "INV-22"
 
 
 @pytest.mark.parametrize("bug", PLANTED)

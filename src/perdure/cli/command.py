@@ -45,6 +45,7 @@ COMMANDS: Final = {
     "terminate": "End a run without asking its code.",
     "why": "Say in one sentence what a run waits for, since when, and who could move it.",
     "prune": "Remove runs that ended long ago, with everything that is kept of them.",
+    "db": "Say which migrations a store has, and apply those that are missing.",
     "sim": "Run the seeded simulation of the engine.",
 }
 

@@ -623,6 +623,7 @@ class _Alarm:
 
 def _block(facts: Facts, ready: Callable[[], bool], ops: Sequence[Op], timeout: Any, *, strict: bool) -> None:
     facts.may_speak("waiting")
+    inside.refuse("waiting for a step")
     if ready():
         return
     if timeout is None:

@@ -13,11 +13,15 @@ import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, unquote
 
 from perdure.core.errors import NotAStore, quoted
 from perdure.stores.contract import Store
+from perdure.stores.schema import Schema
+
+if TYPE_CHECKING:
+    from perdure.stores.postgres import PostgresStore
 
 DEFAULT: Final = "sqlite:///perdure.db"
 VARIABLE: Final = "PERDURE_STORE"
@@ -78,6 +82,20 @@ def _opened(url: str, *, said_by: str) -> Store:
     return _sqlite(url, path, given) if scheme == "sqlite" else _memory(url, path, given)
 
 
+def schema_of(url: str) -> Schema:
+    """Which migrations have made a store's tables, and which are still to come; nothing is created or changed."""
+    scheme = url.partition(":")[0]
+    if scheme in POSTGRES:
+        return _postgres_class(url).schema_of(*_postgres_settings(url))
+    path = url.partition("?")[0]
+    if scheme == "sqlite" and path.startswith("sqlite:///"):
+        from perdure.stores.sqlite import migrations
+
+        return migrations.look(os.path.realpath(unquote(path[10:])), path)
+    _opened(url, said_by="given").close()
+    return Schema(url=path)
+
+
 def _memory(url: str, path: str, given: Mapping[str, str]) -> Store:
     from perdure.stores.memory import MemoryStore
 
@@ -110,6 +128,16 @@ def _sqlite(url: str, path: str, given: Mapping[str, str]) -> Store:
 
 
 def _postgres(url: str) -> Store:
+    store = _postgres_class(url)
+    address, settings = _postgres_settings(url)
+    try:
+        return store(address, **settings)
+    except ValueError as error:
+        shown = quoted(_without_password(url))
+        raise NotAStore(f"{shown} cannot be opened: {error}. Mend that parameter or leave it out.") from error
+
+
+def _postgres_class(url: str) -> type[PostgresStore]:
     try:
         from perdure.stores.postgres import PostgresStore
     except ImportError as error:
@@ -119,23 +147,29 @@ def _postgres(url: str) -> Store:
             "The store URL names a PostgreSQL database, and psycopg, which speaks to it, is not installed. "
             "It is an extra of Perdure. Install it: pip install 'perdure[postgres]'"
         ) from error
+    return PostgresStore
+
+
+def _postgres_settings(url: str) -> tuple[str, dict[str, Any]]:
+    """The URL for libpq, and the arguments for the store that stood in it."""
+    store = _postgres_class(url)
+    ours = set(inspect.signature(store).parameters) - {"url", "clock", "password"}
     base, _, query = url.partition("?")
-    ours = set(inspect.signature(PostgresStore).parameters) - {"url", "clock", "password"}
     given: dict[str, str] = {}
-    libpq: list[str] = []
-    for part in query.split("&"):
+    theirs: list[str] = []
+    for part in filter(None, query.split("&")):
         name, _, value = part.partition("=")
         if name in ours:
             given[name] = unquote(value)
-        elif part:
-            libpq.append(part)
+        else:
+            theirs.append(part)
     direct = given.pop("direct", None)
-    shown = base.rpartition("@")[2]  # without a password
-    settings = _settings(shown, PostgresStore, given)
-    try:
-        return PostgresStore("?".join([base, "&".join(libpq)]) if libpq else base, direct=direct, **settings)
-    except ValueError as error:
-        raise NotAStore(f"{quoted(shown)} cannot be opened: {error}. Mend that parameter or leave it out.") from error
+    settings = _settings(_without_password(base), store, given)
+    return f"{base}?{'&'.join(theirs)}" if theirs else base, {"direct": direct, **settings}
+
+
+def _without_password(url: str) -> str:
+    return url.partition("?")[0].rpartition("@")[2]
 
 
 def _settings(url: str, store: type, given: Mapping[str, str]) -> dict[str, Any]:

@@ -7,13 +7,15 @@ nothing in flight.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from perdure.core.errors import PerdureError, StoreError, StoreLocked
 from perdure.core.turn import Batch, Kept, Mail, Send, Start, Turn, Verdict
@@ -29,8 +31,22 @@ MOST: Final = 1000
 
 
 FEW: Final = 4
+EARLY: Final = 64
 QUICKLY: Final = 0.001
 """Seconds: what the loop of a process may be held up by a batch that it writes itself."""
+
+
+class Taken(NamedTuple):
+    """A batch on its way, with those who wait for its verdicts."""
+
+    starts: list[tuple[Start, Answer]]
+    sends: list[tuple[Send, Answer]]
+    turns: list[tuple[Turn, Answer]]
+    batch: Batch
+
+    @property
+    def size(self) -> int:
+        return len(self.starts) + len(self.sends) + len(self.turns)
 
 
 class Committer:
@@ -60,6 +76,8 @@ class Committer:
         self._answered = 0
         self.took = QUICKLY
         """Seconds that small batches took lately."""
+        self.early = sys.maxsize
+        """Items that are worth a batch of their own, and need not wait for the rest of what the loop does now."""
         self.trouble: StoreError | None = None
         self.tries = 0
 
@@ -84,6 +102,11 @@ class Committer:
         return self._added - self._answered
 
     @property
+    def gathered(self) -> int:
+        """How many items wait to be written."""
+        return len(self._turns) + len(self._starts) + len(self._sends)
+
+    @property
     def waiting(self) -> bool:
         """Whether there is something to write."""
         return bool(self._turns or self._starts or self._sends)
@@ -91,55 +114,68 @@ class Committer:
     @property
     def few(self) -> bool:
         """Whether so little waits, and has been written so quickly, that handing it to a thread would take longer."""
-        return self.took < QUICKLY and len(self._turns) + len(self._starts) + len(self._sends) <= FEW
+        return self.took < QUICKLY and self.gathered <= FEW
 
     def flush(self, *, at_once: bool = False) -> bool:
         """Write one batch of what is waiting; False if it met trouble, and turns wait for another try.
 
         at_once: only if nobody else is writing just now; else False, and everything waits as before.
         """
-        starts, sends, turns = self._gather()
+        taken = self.take()
         began = time.monotonic()
+        try:
+            verdicts = self.store.write_at_once(taken.batch) if at_once else self.store.write(taken.batch)
+        except Exception as error:
+            if at_once and isinstance(error, StoreLocked):
+                self.put_back(taken)
+                self.took = QUICKLY
+            else:
+                self.failed(taken, error)
+            return False
+        if taken.size <= FEW:
+            self.took += (time.monotonic() - began - self.took) / 4
+        self.written(taken, verdicts, self.mail(taken, verdicts))
+        return True
+
+    def take(self) -> Taken:
+        """What is waiting, as the next batch; to be told of with `written`, `failed` or `put_back`."""
+        starts, sends, turns = self._gather()
         batch = Batch(
             starts=[start for start, _ in starts],
             sends=[send for send, _ in sends],
             turns=[turn for turn, _ in turns],
             by=self._incarnation(),
         )
-        items = [*(answer for _, answer in starts), *(a for _, a in sends), *(a for _, a in turns)]
-        try:
-            verdicts: list[Verdict] = self.store.write_at_once(batch) if at_once else self.store.write(batch)
-        except StoreLocked as error:
-            if at_once:
-                self._starts.extendleft(reversed(starts))
-                self._sends.extendleft(reversed(sends))
-                self._turns.extendleft(reversed(turns))
-                self.took = QUICKLY
-            else:
-                self._troubled(error, starts, sends, turns)
-            return False
-        except PerdureError as error:
-            self._troubled(error, starts, sends, turns)
-            return False
-        except Exception as error:
-            # Our bug or a store's: nobody else would tell those who wait, and this thread must go on.
-            log.exception("a batch was not written")
-            trouble = StoreError(f"The store {self.store.url} raised {type(error).__name__}: {error}. Report it.")
-            self._troubled(trouble, starts, sends, turns)
-            return False
-        try:
-            mail = self._mail_for(verdicts[len(starts) : len(starts) + len(sends)], batch)
-        except PerdureError as error:
-            # The batch is written; the safety poll brings the mail.
-            log.warning("mail that was just written could not be read: %s", error)
-            mail = ()
+        return Taken(starts, sends, turns, batch)
+
+    def put_back(self, taken: Taken) -> None:
+        """As if it had not been taken."""
+        self._starts.extendleft(reversed(taken.starts))
+        self._sends.extendleft(reversed(taken.sends))
+        self._turns.extendleft(reversed(taken.turns))
+
+    def written(self, taken: Taken, verdicts: Sequence[Verdict], mail: Sequence[Mail] = ()) -> None:
+        """Hand on the verdicts, and mail that was read after them."""
         self.trouble = None
         self.tries = 0
-        if len(items) <= FEW:
-            self.took += (time.monotonic() - began - self.took) / 4
-        self._answered += len(items)
+        self._answered += taken.size
+        items = [*(a for _, a in taken.starts), *(a for _, a in taken.sends), *(a for _, a in taken.turns)]
         self._answer(list(zip(items, verdicts, strict=True)), mail)
-        return True
+
+    def failed(self, taken: Taken, error: Exception) -> None:
+        """The batch was not written, as far as anybody knows: callers are told, turns are kept and tried again."""
+        if not isinstance(error, PerdureError):
+            # Our bug or a store's: nobody else would tell those who wait, and this thread must go on.
+            log.error("a batch was not written", exc_info=error)
+            error = StoreError(f"The store {self.store.url} raised {type(error).__name__}: {error}. Report it.")
+        self.trouble = error if isinstance(error, StoreError) else None
+        self.tries += 1
+        if self.tries == 1:
+            log.error("the store refused a batch, turns are kept and tried again: %s", error)
+        # A turn is kept, because its run's work would be lost with it.
+        self._turns.extendleft(reversed(taken.turns))
+        self._answered += len(taken.starts) + len(taken.sends)
+        self._answer([(answer, error) for _, answer in (*taken.starts, *taken.sends)], ())
 
     def _gather(
         self,
@@ -166,11 +202,29 @@ class Committer:
         self._starts.extendleft(reversed(later))
         return starts, sends, turns
 
-    def _mail_for(self, sent: Sequence[Verdict], batch: Batch) -> Sequence[Mail]:
-        """Mail that this batch brought to runs of this very process: read at once, no poll in between."""
-        incarnation = self._incarnation()
-        if incarnation is None:
+    def mail(self, taken: Taken, verdicts: Sequence[Verdict]) -> Sequence[Mail]:
+        """Mail that a batch brought to runs of this very process: read at once, no poll in between."""
+        if not self.brings_mail(taken, verdicts):
             return ()
+        incarnation = self._incarnation()
+        assert incarnation is not None
+        try:
+            return self.store.mail(incarnation)
+        except PerdureError as error:
+            # The batch is written; the safety poll brings the mail.
+            log.warning("mail that was just written could not be read: %s", error)
+            return ()
+
+    def arrived(self, mail: Sequence[Mail]) -> None:
+        """Hand on mail that was read after its batch had been answered."""
+        self._answer([], mail)
+
+    def brings_mail(self, taken: Taken, verdicts: Sequence[Verdict]) -> bool:
+        """Whether a written batch may have brought mail to runs of this process."""
+        batch = taken.batch
+        if batch.by is None or not (batch.sends or any(turn.sends for turn in batch.turns)):
+            return False
+        sent = verdicts[len(batch.starts) : len(batch.starts) + len(batch.sends)]
         targets = [verdict.run for verdict in sent if isinstance(verdict, Kept)]
         named = False
         for turn in batch.turns:
@@ -183,34 +237,30 @@ class Committer:
         if len(here) < len(targets):
             # Not ours, or claimed this moment and not here yet: the watcher looks.
             self.store.wake()
-        return self.store.mail(incarnation) if here or named else ()
-
-    def _troubled(
-        self,
-        error: PerdureError,
-        starts: list[tuple[Start, Answer]],
-        sends: list[tuple[Send, Answer]],
-        turns: list[tuple[Turn, Answer]],
-    ) -> None:
-        self.trouble = error if isinstance(error, StoreError) else None
-        self.tries += 1
-        if self.tries == 1:
-            log.error("the store refused a batch, turns are kept and tried again: %s", error)
-        # A caller is told; a turn is kept, because its run's work would be lost with it.
-        self._turns.extendleft(reversed(turns))
-        self._answered += len(starts) + len(sends)
-        self._answer([(answer, error) for _, answer in (*starts, *sends)], ())
+        return bool(here) or named
 
 
 class CommitterThread:
-    """Calls `flush` when there is something to write; `kick` says so.
+    """Has what waits written; `kick` says that there is something.
 
     Waking a thread and being woken by it takes as long as a commit on a quick disk. So where little waits, nobody
-    else is writing, and the last such batches were quick, the one who kicks writes it himself.
+    else is writing, and the last such batches were quick, the one who kicks writes it himself. And a store behind a
+    connection needs no thread at all to wait for it: the loop sends the batch, goes on, and is told of the answer.
+
+    loop: of the one who kicks. read: has something done in a thread, and the loop told of what came of it.
     """
 
-    def __init__(self, committer: Committer) -> None:
+    def __init__(
+        self,
+        committer: Committer,
+        loop: asyncio.AbstractEventLoop | None = None,
+        read: Callable[[Callable[[], Any], Callable[[Any], None]], None] | None = None,
+    ) -> None:
         self.committer = committer
+        self._wire = None
+        if loop is not None and read is not None and hasattr(committer.store, "begin_at_once"):
+            self._wire = Wire(committer, loop, read, freed=self._freed)
+            committer.early = EARLY
         self._wanted: SimpleQueue[None] = SimpleQueue()
         self._stopping = False
         self._flushing = threading.Lock()
@@ -219,14 +269,32 @@ class CommitterThread:
 
     def kick(self) -> None:
         """Something was added; from the thread that adds, as often as you like."""
-        committer = self.committer
-        if committer.few and self._flushing.acquire(blocking=False):
-            try:
-                if committer.waiting and committer.flush(at_once=True):
+        if not self._flushing.acquire(blocking=False):
+            # Written as soon as what is being written is.
+            if self._wire is None or not self._wire.busy:
+                self._wanted.put(None)
+            return
+        sent = False
+        try:
+            if not self.committer.waiting:
+                return
+            if self._wire is not None:
+                # After trouble it is the thread's, which waits between tries.
+                sent = self.committer.tries == 0 and self._wire.send()
+                if sent:
                     return
-            finally:
+            elif self.committer.few and self.committer.flush(at_once=True):
+                return
+            self._wanted.put(None)
+        finally:
+            if not sent:
                 self._flushing.release()
-        self._wanted.put(None)
+
+    def _freed(self) -> None:
+        """What the wire carried has its answers."""
+        self._flushing.release()
+        if self.committer.waiting:
+            self.kick()
 
     def stop(self, timeout: float = 10) -> None:
         """Write what is waiting and end. Twice is once."""
@@ -238,9 +306,7 @@ class CommitterThread:
         while True:
             self._wanted.get()
             while self.committer.waiting:
-                with self._flushing:
-                    written = self.committer.flush()
-                if not written:
+                if not self._flush():
                     # 50 ms doubling to 5 s: a store in trouble is not hammered.
                     pause = min(0.05 * 2 ** min(self.committer.tries, 10), 5.0)
                     deadline = time.monotonic() + pause
@@ -249,4 +315,84 @@ class CommitterThread:
                     if self._stopping and self.committer.tries > 3:
                         return
             if self._stopping:
-                return
+                with self._flushing:
+                    return
+
+    def _flush(self) -> bool:
+        with self._flushing:
+            # The wire may have taken it meanwhile.
+            return self.committer.flush() if self.committer.waiting else True
+
+
+class Wire:
+    """Carries one batch at a time to a store behind a connection, from the loop and without waiting for it.
+
+    freed: called when the batch has its answers. What is out of the ordinary (a lost connection, a fence that does
+    not hold) takes questions to find out, and is left to a thread.
+    """
+
+    def __init__(
+        self,
+        committer: Committer,
+        loop: asyncio.AbstractEventLoop,
+        read: Callable[[Callable[[], Any], Callable[[Any], None]], None],
+        *,
+        freed: Callable[[], None],
+    ) -> None:
+        self.committer = committer
+        self._store: Any = committer.store
+        self._loop = loop
+        self._read = read
+        self._freed = freed
+        self._taken: Taken | None = None
+        self._file = -1
+
+    @property
+    def busy(self) -> bool:
+        """Whether a batch is under way."""
+        return self._taken is not None
+
+    def send(self) -> bool:
+        """Send what waits; False if that would mean to wait."""
+        taken = self.committer.take()
+        file = self._store.begin_at_once(taken.batch)
+        if file is None:
+            self.committer.put_back(taken)
+            return False
+        self._taken = taken
+        self._file = file
+        if file < 0:
+            self._loop.call_soon(self._arriving)
+        else:
+            self._loop.add_reader(file, self._arriving)
+        return True
+
+    def _arriving(self) -> None:
+        if not self._store.arrived():
+            return
+        if self._file >= 0:
+            self._loop.remove_reader(self._file)
+        verdicts = self._store.finish_at_once()
+        if verdicts is None:
+            self._read(self._finish, self._finished)
+        else:
+            self._finished(verdicts)
+
+    def _finish(self) -> Any:
+        """In a thread."""
+        try:
+            return self._store.finish()
+        except Exception as error:
+            return error
+
+    def _finished(self, verdicts: Any) -> None:
+        taken, self._taken = self._taken, None
+        assert taken is not None
+        committer = self.committer
+        if isinstance(verdicts, Exception):
+            committer.failed(taken, verdicts)
+        else:
+            committer.written(taken, verdicts)
+            if committer.brings_mail(taken, verdicts):
+                self._read(lambda: committer.mail(taken, verdicts), committer.arrived)
+        self._freed()

@@ -349,6 +349,9 @@ class Shift:
         if not self._kicked:
             self._kicked = True
             self.loop.call_soon(self._kick_now)
+        elif self.committer.gathered >= self.committer.early:
+            # So many are worth a batch of their own: it is under way while the rest gathers.
+            self._kick()
 
     def _kick_now(self) -> None:
         self._kicked = False

@@ -107,6 +107,7 @@ class Attempt:
         self._given_up = threading.Event()
         self._open: OpenTransaction | None = None
         self._committing = False
+        self._last = False  # what ends with this attempt's time is the step's
 
     # --- on the loop's thread ---
 
@@ -115,9 +116,9 @@ class Attempt:
         shift = resident.shift
         resident.transacting = self
         resident.flight = (self.turn, Gathered())
-        timeout: timedelta | None = execution.call.policy.timeout
-        if timeout is not None:
-            execution.timer = shift.loop.call_later(timeout.total_seconds(), self._out_of_time)
+        seconds = self._seconds_left()
+        if seconds is not None:
+            execution.timer = shift.loop.call_later(seconds, self._out_of_time)
         driver = resident.play.driver
         if isinstance(driver, SyncDriver) and driver.may_execute(op):
             self._after = lambda: driver.finished(op)
@@ -125,8 +126,20 @@ class Attempt:
         else:
             shift.executor.in_thread(self._make, execution)
 
+    def _seconds_left(self) -> float | None:
+        """How long the attempt may take: its timeout, or what is left of the step's total_timeout."""
+        timeout: timedelta | None = self.execution.call.policy.timeout
+        seconds = None if timeout is None else timeout.total_seconds()
+        deadline = self.resident.deadlines.get(self.execution.step)
+        if deadline is not None:
+            left = max(deadline - self.at, 0) / 1_000_000
+            if seconds is None or left < seconds:
+                self._last = True
+                return left
+        return seconds
+
     def _out_of_time(self) -> None:
-        """The attempt took longer than its timeout: it is rolled back, unless it is being committed."""
+        """The attempt took longer than it may: it is rolled back, unless it is being committed."""
         with self._lock:
             if self._committing:
                 return
@@ -144,7 +157,9 @@ class Attempt:
         execution = self.execution
         self._leave()
         message = f"Attempt {execution.attempt} took longer than its timeout of {execution.call.policy.timeout}."
-        self.resident.outcome(Outcome(execution.step, execution.attempt, error=out_of_time(message)))
+        if self._last:
+            message = "Its total_timeout has passed."
+        self.resident.outcome(Outcome(execution.step, execution.attempt, error=out_of_time(message), final=self._last))
         self.resident.shift.abandon(execution)
 
     def _ended(self, result: _Recorded | _Failed | Any) -> None:

@@ -59,6 +59,27 @@ AND run.owner IS NOT DISTINCT FROM NULL AND coalesce(run.due_at, $now::int8 + 1)
 ORDER BY run.priority DESC, run.key LIMIT $number::int8
 FOR NO KEY UPDATE OF run SKIP LOCKED;
 
+-- name: claimable_suspect
+-- The most urgent run that killed two workers, in the same form.
+SELECT run.key, run.strikes, run.history_bytes, 0::int8
+FROM perdure.runs AS run
+WHERE run.key = ANY(ARRAY(
+    SELECT suspect.key FROM perdure.runs AS suspect
+    WHERE suspect.strikes >= 2 AND suspect.strikes = 2 AND suspect.ended_at IS NULL
+        AND suspect.namespace = $namespace::text AND suspect.due_at <= $now::int8
+        AND suspect.queue = ANY($queues::text[])
+        AND EXISTS (
+            SELECT 1 FROM unnest($names::text[], $kinds::text[]) AS served (name, kind)
+            WHERE suspect.workflow = served.name AND suspect.kind = served.kind
+        )
+        AND EXISTS (
+            SELECT 1 FROM perdure.workers AS worker WHERE worker.incarnation = $incarnation::text AND worker.dead = 0
+        )
+))
+AND run.owner IS NOT DISTINCT FROM NULL AND coalesce(run.due_at, $now::int8 + 1) <= $now::int8
+ORDER BY run.priority DESC, run.key LIMIT 1
+FOR NO KEY UPDATE OF run SKIP LOCKED;
+
 -- name: take
 -- Give the runs of a list, locked by the statement before, a new owner.
 UPDATE perdure.runs AS run SET

@@ -16,6 +16,7 @@ import psycopg
 
 from perdure.core.errors import NotAStore, StoreCorrupt, StoreTooNew
 from perdure.stores.postgres.queries import in_schema
+from perdure.stores.schema import Schema, Step
 
 _READABLE: Final = re.compile(r"^-- readable by: (\d+)$", re.MULTILINE)
 
@@ -88,6 +89,18 @@ def missing(found: list[Applied] | None, url: str) -> list[Migration]:
             )
     there = {one.number for one in found or ()}
     return [migration for migration in MIGRATIONS if migration.number not in there]
+
+
+def look(db: psycopg.Connection[Any], schema: str, url: str) -> Schema:
+    """The tables of the store in this schema, also where some are missing."""
+    known = {migration.number for migration in MIGRATIONS}
+    steps = [
+        Step(number=one.number, name=one.name, applied_at=one.applied_at, known=one.number in known)
+        for one in applied(db, schema) or ()
+    ]
+    there = {step.number for step in steps}
+    steps += [Step(number=one.number, name=one.name) for one in MIGRATIONS if one.number not in there]
+    return Schema(url=url, steps=sorted(steps, key=lambda step: step.number))
 
 
 def check(db: psycopg.Connection[Any], schema: str, url: str) -> None:

@@ -38,11 +38,20 @@ class Pipe:
         self._replan_at = 16
         self._planned = time.monotonic()
         self._expected: list[bool] = []  # for each command that was sent: whether its answer is one of a call
+        self._answers: list[pq.abc.PGresult] = []
+        self._number = 0
+        self._complete = True
+        self.failed: psycopg.Error | None = None
+        """What the server has against what was sent last, as far as its answers have come."""
 
     def send(self, first: Sequence[bytes], calls: Sequence[Call], last: Sequence[bytes] = ()) -> None:
         """Send commands and calls. An error means that nothing arrived, or that nobody knows."""
         connection = self.connection
         expected = self._expected = []
+        self._answers = []
+        self._number = 0
+        self._complete = False
+        self.failed = None
         self._sent += 1
         if self._prepared and (self._sent == self._replan_at or time.monotonic() - self._planned > REPLANNED):
             # Soon at first: a plan that was made for an empty table walks along one of a thousand rows.
@@ -61,36 +70,48 @@ class Pipe:
         connection.pipeline_sync()
         connection.flush()
 
+    def arrived(self) -> bool:
+        """Whether all answers are here, so that `collect` would not wait for them. Itself it does not wait."""
+        if not self._complete:
+            self.connection.flush()
+            self.connection.consume_input()
+            self._read()
+        return self._complete
+
     def collect(self) -> list[pq.abc.PGresult]:
         """Wait for the answers to the calls; or the server's error, behind which nothing was done."""
         connection = self.connection
-        answers: list[pq.abc.PGresult] = []
-        failed: psycopg.Error | None = None
-        number = 0
-        while True:
-            while connection.is_busy():
-                self._wait(connection)
+        self._read()
+        while not self._complete:
+            self._wait(connection)
+            self._read()
+        connection.exit_pipeline_mode()
+        if self.failed is None:
+            return self._answers
+        self._clean_up()
+        raise self.failed
+
+    def _read(self) -> None:
+        """Take the answers that are here."""
+        connection = self.connection
+        while not self._complete and not connection.is_busy():
             result = connection.get_result()
             if result is None:
                 if connection.status == pq.ConnStatus.BAD:
-                    raise failed or psycopg.OperationalError("the connection was lost")
+                    raise self.failed or psycopg.OperationalError("the connection was lost")
                 continue
             status = result.status
             if status == pq.ExecStatus.PIPELINE_SYNC:
-                break
+                self._complete = True
+                return
             if status in _GOOD:
-                if self._expected[number]:
-                    answers.append(result)
-            elif failed is None:
-                failed = psycopg.errors.error_from_result(result, encoding="utf-8")
+                if self._expected[self._number]:
+                    self._answers.append(result)
+            elif self.failed is None:
+                self.failed = psycopg.errors.error_from_result(result, encoding="utf-8")
                 if connection.status == pq.ConnStatus.BAD:
-                    raise failed
-            number += 1
-        connection.exit_pipeline_mode()
-        if failed is None:
-            return answers
-        self._clean_up()
-        raise failed
+                    raise self.failed
+            self._number += 1
 
     def _send(self, connection: pq.abc.PGconn, call: Call, expected: list[bool]) -> None:
         statement = call.statement

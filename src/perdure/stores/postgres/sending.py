@@ -83,6 +83,17 @@ class Sending:
             first = Batch(starts=batch.starts, sends=batch.sends, turns=list(seen.values()))
         self._try = _Try(self, first)
 
+    def arrived(self) -> bool:
+        """Whether the first answers are here; for a `Writer` only."""
+        return self._try.arrived()
+
+    def usual(self) -> list[Verdict] | None:
+        """The verdicts, if the answers are here and say that all was written; else `finish` finds out what was."""
+        if self._later:
+            return None
+        verdicts = self._try.usual()
+        return None if verdicts is None else [*verdicts[0], *verdicts[1], *verdicts[2]]
+
     def finish(self) -> list[Verdict]:
         """The verdicts, in the order of the batch."""
         batch = self._batch
@@ -107,7 +118,32 @@ class _Try:
         self._depth = depth
         self._failed: Exception | None = None
         self._outgoing: Outgoing | None = None
+        self._is_read = False
         self._send()
+
+    def arrived(self) -> bool:
+        writer: Any = self._sending._writer
+        if self._failed is None:
+            try:
+                return bool(writer.arrived())
+            except psycopg.Error as error:
+                self._failed = error
+        return True
+
+    def usual(self) -> tuple[list[StartVerdict], list[SendVerdict], list[TurnVerdict]] | None:
+        writer: Any = self._sending._writer
+        outgoing = self._outgoing
+        if self._failed is not None or outgoing is None or writer.failed:
+            return None
+        outgoing.read(writer.finish())
+        self._is_read = True
+        batch = self.batch
+        whole = (
+            (outgoing.begun is not None or not batch.starts)
+            and len(outgoing.kept) == len(batch.sends)
+            and all(turn.run in outgoing.committed for turn in batch.turns)
+        )
+        return self.verdicts() if whole else None
 
     def verdicts(self) -> tuple[list[StartVerdict], list[SendVerdict], list[TurnVerdict]]:
         try:
@@ -142,7 +178,9 @@ class _Try:
                     raise self._failed
                 outgoing = self._outgoing
                 assert outgoing is not None
-                outgoing.read(self._sending._writer.finish())
+                if not self._is_read:
+                    outgoing.read(self._sending._writer.finish())
+                self._is_read = False
                 return outgoing
             except psycopg.Error as error:
                 if not self._sending._writer.own:

@@ -40,6 +40,7 @@ from perdure.core.turn import (
     TurnVerdict,
     Verdict,
 )
+from perdure.stores import choosing
 from perdure.stores.postgres import borrowed, connections, judging, migrations, pruning
 from perdure.stores.postgres.errors import ours
 from perdure.stores.postgres.listening import Bell, Listener
@@ -47,6 +48,7 @@ from perdure.stores.postgres.queries import check_schema, statements
 from perdure.stores.postgres.sending import Sending
 from perdure.stores.postgres.transaction import Steps, StepTransaction
 from perdure.stores.postgres.writer import Writer
+from perdure.stores.schema import Schema
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +145,15 @@ class PostgresStore:
             self._prepare(migrate)
         _stores.add(self)
 
+    @staticmethod
+    def schema_of(url: str, settings: Mapping[str, Any]) -> Schema:
+        """Which migrations have made the tables, and which are still to come; nothing is created or changed."""
+        schema = check_schema(settings.get("schema", "perdure"))
+        shown = {} if schema == "perdure" else {"schema": schema}
+        address = connections.Address(url, password=settings.get("password"), shown=shown)
+        with ours(address.url), address.connect() as db:
+            return migrations.look(db, schema, address.url)
+
     def now(self) -> int:
         return self._clock()
 
@@ -168,6 +179,36 @@ class PostgresStore:
         except BaseException:
             self._writing.release()
             raise
+
+    def begin_at_once(self, batch: Batch) -> int | None:
+        """As `begin`, where that needs no wait: no connection to be made, nobody else who is writing.
+
+        The file descriptor that has something to read when there is something to collect; None: nothing was sent.
+        """
+        if self._closed or self._listener is None or not self._writer.connected():
+            return None
+        if not self._writing.acquire(blocking=False):
+            return None
+        try:
+            self._sent = Sending(self._writer, self._statements, self._clock, batch, self.url)
+            return self._writer.fileno() if self._writer.connected() else -1
+        except BaseException:
+            self._writing.release()
+            raise
+
+    def arrived(self) -> bool:
+        """Whether the answers to what `begin_at_once` sent are here, or will never be. Does not wait."""
+        return self._sent.arrived()
+
+    def finish_at_once(self) -> list[Verdict] | None:
+        """The verdicts, if they have arrived and all is written; None if `finish` has to find out what was."""
+        verdicts = self._sent.usual()
+        if verdicts is not None:
+            self._writing.release()
+            self._worked = time.monotonic()
+            if self._sent.news:
+                self._ring()
+        return verdicts
 
     def finish(self) -> list[Verdict]:
         """Wait for the verdicts of the batch that was sent last."""
@@ -224,16 +265,19 @@ class PostgresStore:
             now = self._clock()
             if calls:
                 ask("settle")
-            offered = ask(
-                "claimable",
-                **scope,
-                incarnation=claim.incarnation,
-                now=now,
-                strikes=3 if claim.alone else 2,
-                window=max(number, WINDOW),
-                number=number,
-            )
-            chosen = _chosen(offered, claim)
+            if claim.only_suspects:
+                offered = ask("claimable_suspect", **scope, incarnation=claim.incarnation, now=now)
+            else:
+                offered = ask(
+                    "claimable",
+                    **scope,
+                    incarnation=claim.incarnation,
+                    now=now,
+                    strikes=3 if claim.alone else 2,
+                    window=max(number, WINDOW),
+                    number=number,
+                )
+            chosen = choosing.chosen(offered, claim)
             if not chosen:
                 return []
             taken = ask("take", incarnation=claim.incarnation, now=now, keys=chosen)
@@ -403,9 +447,19 @@ class PostgresStore:
     def announced(self, namespace: str) -> list[Announced]:
         served = self._ask("served", namespace=namespace)
         living = self._ask("serving", namespace=namespace, now=self._clock())
-        live = {(one["kind"], one["name"]) for (serves,) in living for one in json.loads(serves)}
+        live: dict[tuple[str, str], set[str]] = {}
+        for serves, queues in living:
+            for one in json.loads(serves):
+                live.setdefault((one["kind"], one["name"]), set()).update(json.loads(queues))
         return [
-            Announced(name=name, kind=kind, queue=queue, signature=json.loads(signature), live=(kind, name) in live)
+            Announced(
+                name=name,
+                kind=kind,
+                queue=queue,
+                signature=json.loads(signature),
+                live=(kind, name) in live,
+                queues=tuple(sorted(live.get((kind, name), ()))),
+            )
             for kind, name, queue, signature in served
         ]
 
@@ -701,19 +755,3 @@ def _scope(
         "names": [*workflows, *activities],
         "kinds": ["workflow"] * len(workflows) + ["activity"] * len(activities),
     }
-
-
-def _chosen(offered: Sequence[Sequence[int]], claim: Claim) -> list[Key]:
-    """The keys to take, of [key, strikes, bytes of history, bytes of mail]: near `max_bytes`, the first in any case."""
-    if claim.alone and offered and offered[0][1] >= 2:
-        return [offered[0][0]]
-    chosen: list[Key] = []
-    room = claim.max_bytes
-    for key, strikes, history, mail in offered:
-        if strikes >= 2:
-            continue
-        room -= history + mail
-        if room < 0 and chosen:
-            break
-        chosen.append(key)
-    return chosen

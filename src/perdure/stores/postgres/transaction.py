@@ -29,8 +29,13 @@ MOST: Final = 4
 """Transactions of steps that one process has open at once, and so connections; others wait."""
 TRIES: Final = 5
 CLEAN: Final = (
-    b"CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; SELECT pg_advisory_unlock_all(); "
-    b"DISCARD TEMP; DISCARD SEQUENCES"
+    b"CLOSE ALL",
+    b"SET SESSION AUTHORIZATION DEFAULT",
+    b"RESET ALL",
+    b"UNLISTEN *",
+    b"SELECT pg_advisory_unlock_all()",
+    b"DISCARD TEMP",
+    b"DISCARD SEQUENCES",
 )
 """DISCARD ALL, but for the statements that we have prepared."""
 OWN_END: Final = (
@@ -206,10 +211,9 @@ class Steps:
         calls = [*outgoing.calls]
         if outgoing.calls:
             calls.append(self.call("pledge", run=turn.run))
-        if session.used:
-            session.pipe.connection.exec_(CLEAN)
+        first = [*CLEAN, BEGIN] if session.used else [BEGIN]
         session.used = True
-        session.pipe.send([BEGIN], calls)
+        session.pipe.send(first, calls)
         outgoing.read(session.pipe.collect())
         if turn.run in outgoing.committed:
             return StepTransaction(self, session, turn)

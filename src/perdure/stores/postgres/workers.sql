@@ -57,8 +57,8 @@ SELECT incarnation, name, namespace, serves, ttl, beat_at, dead FROM perdure.wor
 WHERE incarnation = $incarnation::text;
 
 -- name: serving
--- What the living workers of a namespace serve.
-SELECT serves FROM perdure.workers
+-- What the living workers of a namespace serve, and the queues from which they take.
+SELECT serves, queues FROM perdure.workers
 WHERE dead = 0 AND namespace = $namespace::text AND $now::int8 <= beat_at + ttl;
 
 -- name: announce

@@ -45,6 +45,19 @@ class Writer:
             raise psycopg.OperationalError("the connection was lost")
         return self._pipe.collect()
 
+    def connected(self) -> bool:
+        """Whether `begin` needs no new connection."""
+        return self._pipe is not None
+
+    def arrived(self) -> bool:
+        """Whether `finish` would not wait for the server."""
+        return self._pipe is None or self._pipe.arrived()
+
+    @property
+    def failed(self) -> bool:
+        """Whether `finish` will raise, and may have to clean up first."""
+        return self._pipe is None or self._pipe.failed is not None
+
     def probe(self, calls: Sequence[Call]) -> None:
         """Do it and undo it: raises what the server has against it."""
         self.begin(calls, end=b"ROLLBACK")

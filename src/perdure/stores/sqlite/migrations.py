@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from importlib import resources
 from sqlite3 import Connection
 from typing import Final, NamedTuple
 
 from perdure.core.errors import NotAStore, StoreCorrupt, StoreTooNew
+from perdure.stores.schema import Schema, Step
+from perdure.stores.sqlite import connections
+from perdure.stores.sqlite.errors import ours
 
 
 class Migration(NamedTuple):
@@ -56,6 +60,22 @@ def is_current(db: Connection, url: str) -> bool:
                 store=url,
             )
     return len(applied) == len(MIGRATIONS)
+
+
+def look(path: str, url: str) -> Schema:
+    """The tables of the store in this file, also where some are missing."""
+    connections.check_path(path, url, create=False)
+    with ours(url), closing(connections.connect(path, busy_timeout=5, durability="full", writes=False)) as db:
+        there = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'perdure_migrations'").fetchone()
+        found = db.execute("SELECT number, name, applied_at FROM perdure_migrations").fetchall() if there else []
+    known = {migration.number for migration in MIGRATIONS}
+    steps = [
+        Step(number=number, name=name, applied_at=applied_at, known=number in known)
+        for number, name, applied_at in found
+    ]
+    applied = {step.number for step in steps}
+    steps += [Step(number=one.number, name=one.name) for one in MIGRATIONS if one.number not in applied]
+    return Schema(url=url, steps=sorted(steps, key=lambda step: step.number))
 
 
 def migrate(db: Connection, url: str, now: int) -> None:

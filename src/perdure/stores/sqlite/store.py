@@ -39,6 +39,7 @@ from perdure.core.turn import (
     TurnVerdict,
     Verdict,
 )
+from perdure.stores import choosing
 from perdure.stores.sqlite import connections, migrations, place, pruning
 from perdure.stores.sqlite.borrowed import borrowed
 from perdure.stores.sqlite.errors import locked, ours
@@ -206,7 +207,7 @@ class SQLiteStore:
                 return []
             now = self._clock()
             offered = _offered(db, claim, now, queues, names)
-            chosen = _chosen(offered, claim)
+            chosen = choosing.chosen(offered, claim)
             if not chosen:
                 return []
             keys = json.dumps(chosen)
@@ -607,7 +608,7 @@ class SQLiteStore:
         if self._hints and worker.locked and self._place.beats.is_free(worker.slot, worker.incarnation):
             return False
         beat = self._place.beats.read(worker.slot, worker.incarnation)
-        return self._clock() <= max(beat or 0, worker.announced_at) + worker.ttl
+        return self._clock() <= (worker.announced_at if beat is None else beat) + worker.ttl
 
     def _due(self, namespace: str, queues: str, names: str) -> tuple[int | None, int | None]:
         """When the latest of what is due came due, and when the next timer comes."""
@@ -755,22 +756,6 @@ def _offered(db: Connection, claim: Claim, now: int, queues: str, names: str) ->
         )
     offered: list[list[int]] = json.loads(found.fetchone()[0])
     return offered
-
-
-def _chosen(offered: Sequence[Sequence[int]], claim: Claim) -> list[Key]:
-    """The keys to take, of [key, strikes, bytes of history, bytes of mail]: near `max_bytes`, the first in any case."""
-    if (claim.alone or claim.only_suspects) and offered and offered[0][1] >= 2:
-        return [offered[0][0]]
-    chosen: list[Key] = []
-    room = claim.max_bytes
-    for key, strikes, history, mail in offered:
-        if strikes >= 2:
-            continue
-        room -= history + mail
-        if room < 0 and chosen:
-            break
-        chosen.append(key)
-    return chosen
 
 
 def _by_run(mail: Sequence[Mail]) -> dict[Key, list[Mail]]:

@@ -265,6 +265,8 @@ class StepTransaction:
 
 def _is_clean(db: StepConnection) -> bool:
     """Whether the next function finds the connection as this one did."""
+    if getattr(db, "autocommit", -1) != -1:  # of Python 3.12 and later; -1 is the way it was made
+        return False
     db.row_factory = None
     db.text_factory = str
     db.isolation_level = None
@@ -309,6 +311,11 @@ class Steps:
                 if not self._watched:
                     self._keep_watch()
             return opened
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a writer of this process waits longer, because a step has the gate."""
+        return LIMIT if self._open is not None and not self._open.ended else 0.0
 
     @property
     def in_use(self) -> bool:

@@ -235,6 +235,15 @@ class WorkerPromises:
         store.retire("worker")
         assert {name: served.live for name, served in by_name(store).items()} == {"orders": False, "charge": False}
 
+    def test_a_clock_that_went_back_after_the_announcement_makes_no_lease_longer(
+        self, store: Store, clock: Clock
+    ) -> None:
+        serve(store, "worker")
+        clock.advance(seconds=-7)
+        assert store.heartbeat("worker") == Lease(now=clock(), until=clock() + TTL)
+        clock.advance(seconds=16)
+        assert store.reap() == Reaped(workers=1)
+
     def test_the_queues_from_which_the_living_take_are_known(self, store: Store) -> None:
         serve(store, "one", queues=["slow", "default"])
         serve(store, "two", queues=["default", "fast"])

@@ -9,11 +9,12 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from perdure.core.turn import Turn
+from perdure.stores.contract import Store
 from perdure.testing.sim.checks import Violation
 from perdure.testing.sim.tape import Tape
 from perdure.testing.sim.world import EPOCH, Config, World
@@ -45,12 +46,18 @@ class Report:
         return "\n".join(lines)
 
 
-def run(seed: int, *, tape: Sequence[int] | None = None, config: Config | None = None) -> Report:
-    """Play the universe of a seed, or of a given tape."""
+def run(
+    seed: int,
+    *,
+    tape: Sequence[int] | None = None,
+    config: Config | None = None,
+    beside: Callable[[Callable[[], int]], Store] | None = None,
+) -> Report:
+    """Play the universe of a seed, or of a given tape. beside: makes another store that has to do the same."""
     played = Tape(seed, tape)
     # The collector's own time belongs to no universe; sync bodies refuse ctx while it runs.
     enabled = gc.isenabled()
-    world = World(played, config)
+    world = World(played, config, beside)
     found: Violation | None = None
     try:
         world.run()

@@ -14,15 +14,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 from perdure.core import events as ev
 from perdure.core import stored
-from perdure.core.limits import Limits
+from perdure.core.limits import ERROR_TEXT, Limits
 from perdure.core.match import PENDING
 from perdure.core.status import ENDED, Status
 from perdure.core.turn import (
     Batch,
+    Begun,
     Claim,
     Committed,
+    Duplicate,
     Fenced,
     Head,
+    Kept,
+    MailboxFull,
     MoreMail,
     Reaped,
     Row,
@@ -32,6 +36,7 @@ from perdure.core.turn import (
 )
 from perdure.runtime.drive_sync import BodyThreads
 from perdure.runtime.play import Play
+from perdure.worker.claiming import MOST_LOOKED_AT
 from perdure.worker.executing import StepInfo
 from perdure.worker.shift import Shift
 
@@ -40,6 +45,8 @@ if TYPE_CHECKING:
 
 THREADS: Final = BodyThreads(1000)
 """Threads of sync bodies, of all universes of this process: only one of them ever runs at a time."""
+LATEST: Final = 30 * 1_000_000
+"""Microseconds beyond a lease by which a timer may be late once everything is healed: runs in line before it."""
 WITHOUT_CODE: Final = frozenset({"terminated", "timed_out"})
 
 
@@ -152,6 +159,8 @@ class Checks:
         self.shadows: dict[int, Shadow] = {}
         self.by_id: dict[str, Shadow] = {}
         self.latest = 0  # the greatest time the store's clock ever showed
+        self.healed_at: int | None = None  # by the store's clock
+        self.latest_timer = 0  # how late the latest timer was, once everything was healed
         self.commits = 0
         self.started: dict[str, str] = {}
         self.sent: dict[tuple[str, str], str] = {}
@@ -165,6 +174,8 @@ class Checks:
         store = self.store
         self.latest = max(self.latest, store.now())
         before = {turn.run: store._runs[turn.run].row for turn in batch.turns if turn.run in store._runs}
+        targets = ((send.id, self.store._target(send.to)) for send in batch.sends)
+        accepted = {(run.row.key, id): id in run.accepted for id, run in targets if run is not None}
         mail = {turn.run: set(store._runs[turn.run].unread) for turn in batch.turns if turn.run in store._runs}
         verdicts = store.write(batch)
         answers = verdicts[len(batch.starts) + len(batch.sends) :]
@@ -176,8 +187,58 @@ class Checks:
                 self._verdict(turn, verdict, row, mail[turn.run], applied, again=turn.run in touched)
             touched.add(turn.run)
             self.world.note("store", type(verdict).__name__, turn)
+        self._sizes(batch)
+        self._refused(batch, verdicts, accepted, before)
         self._look("write", applied)
         return verdicts
+
+    def _sizes(self, batch: Batch) -> None:
+        """INV-21: a batch, a mailbox and an error's text stay within their limits."""
+        # Strays are handed back by the housekeeper, who is no committer.
+        strays = all(turn.release and not turn.events for turn in batch.turns)
+        most = MOST_LOOKED_AT if strays else self.world.config.batch
+        if max(len(batch.starts), len(batch.sends), len(batch.turns)) > most:
+            raise Violation("INV-21", f"a batch has more than {most} items of a kind")
+        for turn in batch.turns:
+            if turn.error is not None and len(turn.error.encode()) > 4 * ERROR_TEXT:
+                raise Violation("INV-21", f"the error of run {turn.run} has {len(turn.error)} characters")
+        for send in batch.sends:
+            run = self.store._target(send.to) if send.limit is not None else None
+            if run is not None and send.limit is not None and send.id in run.unread:
+                # Those that had to fit are no one's fault.
+                asked = sum(1 for mail in run.unread.values() if mail.kind == "signal" and mail.id[:1] == "m")
+                if asked > send.limit:
+                    raise Violation("INV-21", f"{run.row.id} has {asked} unread signals, {send.limit} may be")
+
+    def _refused(
+        self,
+        batch: Batch,
+        verdicts: Sequence[Verdict],
+        accepted: dict[tuple[int, str], bool],
+        before: dict[int, Row],
+    ) -> None:
+        """INV-21: what was refused has changed nothing."""
+        turns = Counter(turn.run for turn in batch.turns)
+        for turn, answer in zip(batch.turns, verdicts[len(verdicts) - len(batch.turns) :], strict=True):
+            row = before.get(turn.run)
+            if row is None or isinstance(answer, Committed) or turns[turn.run] > 1:
+                continue
+            now = self.store._runs[turn.run].row
+            if (now.version, now.history_events, now.status) != (row.version, row.history_events, row.status):
+                raise Violation("INV-21", f"a turn of {row.id} was answered {answer}, and changed it")
+        for send, verdict in zip(batch.sends, verdicts[len(batch.starts) :], strict=False):
+            run = self.store._target(send.to)
+            if run is None or isinstance(verdict, (Kept, Duplicate)):
+                continue
+            if isinstance(verdict, MailboxFull):
+                self.world.sometimes["mailbox full"] += 1
+            if send.id in run.accepted and not accepted[run.row.key, send.id]:
+                raise Violation("INV-21", f"{run.row.id}: message {send.id} was refused ({verdict}) and kept")
+        begun = sum(1 for verdict in verdicts[: len(batch.starts)] if isinstance(verdict, Begun))
+        new = sum(1 for key in self.store._runs if key not in self.shadows)
+        children = sum(len(turn.starts) for turn in batch.turns)
+        if new > begun + children:
+            raise Violation("INV-21", f"{new} runs are new, {begun + children} starts took effect")
 
     def _verdict(
         self, turn: Turn, verdict: Verdict, row: Row, unread: set[str], applied: dict[int, Turn], *, again: bool
@@ -315,9 +376,9 @@ class Checks:
                 raise Violation("INV-11", f"{row.id}: the time of {ev.kind(event)} goes back")
             shadow.now = event.at
             for step in [s for s, due in shadow.sleeps.items() if due <= event.at]:
-                del shadow.sleeps[step]
+                self._lateness(row, step, shadow.sleeps.pop(step))
             for step in [s for s, at in shadow.waits.items() if at is not None and at <= event.at]:
-                del shadow.waits[step]
+                self._lateness(row, step, shadow.waits.pop(step))
         if isinstance(event, ev.LOCAL_OUTCOMES):
             self._outcome(shadow, row, event, place)
         elif kind is ev.Signal:
@@ -347,6 +408,15 @@ class Checks:
             shadow.ended = event
         message: str | None = getattr(event, "message", None) if kind is not ev.SignalTaken else None
         return message
+
+    def _lateness(self, row: Row, step: str, due: int | None) -> None:
+        """INV-11: once everything is healed, no timer is later than the bound."""
+        if self.healed_at is None or due is None:
+            return
+        late = self.store.now() - max(due, self.healed_at)
+        self.latest_timer = max(self.latest_timer, late)
+        if late > self.world.config.lease * 1_000_000 + LATEST:
+            raise Violation("INV-11", f"{row.id}: {step} was due at {due}, and came {late / 1e6:.1f} s late")
 
     def _outcome(self, shadow: Shadow, row: Row, event: Any, place: int) -> None:
         step = event.step

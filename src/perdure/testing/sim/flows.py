@@ -291,6 +291,37 @@ def plain_parent(ctx: Any, n: int) -> Any:
     return [*got, len(done) > 0]
 
 
+# --- small ones, of which pairs of crashes are tried, and one whose attempts run out of time ---------------------
+
+
+@workflow
+async def one_step(ctx: Any, n: int) -> Any:
+    return await ctx.step.run("one", now, n)
+
+
+@workflow
+async def one_signal(ctx: Any, n: int) -> Any:
+    return await ctx.step.wait_signal("one", name="go", timeout=30)
+
+
+@workflow
+async def one_child(ctx: Any, n: int) -> Any:
+    return await ctx.step.run_workflow("one", one_step, n)
+
+
+@workflow
+async def hurried(ctx: Any, n: int) -> Any:
+    """Attempts that are given up by their timeout, one in the end; an activity that is, too."""
+    quick = ctx.step.options(timeout=2, retry=Retry(max_attempts=2, first_delay=0.5))
+    got: list[Any] = []
+    for name in ("slow", "slower"):
+        try:
+            got.append(await quick.run(name, slow, n))
+        except TimeoutError:
+            got.append("late")
+    return [*got, await ctx.step.run("after", now, n)]
+
+
 # --- two versions of one workflow --------------------------------------------------------------------------
 
 
@@ -330,5 +361,8 @@ CANONICAL: Final[tuple[Workflow[Any, Any], ...]] = (
     changing_new,
 )
 """What clients start: every crash point of each is tried."""
-OTHERS: Final[tuple[Workflow[Any, Any], ...]] = (child, killing, leaf(program_work))
+SMALL: Final[tuple[Workflow[Any, Any], ...]] = (one_step, one_signal, one_child)
+"""Small enough for every pair of crash points."""
+# Behind the others and in no client's draw: a tape would mean something else with each one that is added there.
+OTHERS: Final[tuple[Workflow[Any, Any], ...]] = (child, killing, leaf(program_work), *SMALL, hurried)
 ACTIVITIES: Final[tuple[Activity[Any, Any], ...]] = (remote,)

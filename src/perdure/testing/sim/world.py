@@ -33,11 +33,13 @@ from perdure.core.limits import Limits
 from perdure.core.status import Status
 from perdure.core.turn import Batch, Mail, Send
 from perdure.runtime.registry import Registry, Workflow
+from perdure.stores.contract import Store
 from perdure.stores.memory import MemoryStore
 from perdure.testing.programs import program
 from perdure.testing.sim import flows
 from perdure.testing.sim.checks import THREADS, Checks, Effects, Violation
 from perdure.testing.sim.loop import SimLoop
+from perdure.testing.sim.mirror import Mirrored
 from perdure.testing.sim.store import FAULTS, Crashed, SimStore
 from perdure.testing.sim.tape import Tape
 from perdure.worker import committer as committer_module
@@ -60,8 +62,8 @@ MOVING: Final = frozenset({"write", "claim", "history", "mail", "mailbox", "reti
 class Config:
     """What a universe is like; drawn from its tape, or given for one workflow alone.
 
-    rates: of 1,000 store calls, how many meet each fault. crash_at: the one store call that does, with its fault.
-    only: the one workflow that is started, once.
+    rates: of 1,000 store calls, how many meet each fault. crash_at: the store calls that do, by number, with their
+    faults. only: the one workflow that is started, once.
     """
 
     workers: int = 2
@@ -79,7 +81,7 @@ class Config:
     budget: int = 200
     old_code: bool = False
     only: Workflow[Any, Any] | None = None
-    crash_at: tuple[int, str] | None = None
+    crash_at: tuple[tuple[int, str], ...] = ()
     programs: tuple[int, ...] = ()
     deep: bool = True
 
@@ -402,19 +404,25 @@ class Process:
 
 
 class World:
-    """See the module. `run` plays it to the end and raises the first `Violation`."""
+    """See the module. `run` plays it to the end and raises the first `Violation`.
 
-    def __init__(self, tape: Tape, config: Config | None = None) -> None:
+    beside: makes another store, given the clock, on which the same tape is played.
+    """
+
+    def __init__(
+        self, tape: Tape, config: Config | None = None, beside: Callable[[Callable[[], int]], Store] | None = None
+    ) -> None:
         self.tape = tape
         self.config = config if config is not None else drawn(tape)
         self.time = 0
         self.offset = 0
         self.steps = 0
         self.calls = 0
+        self.called: list[str] = []
         self.crashes = 0
         self.healed = False
         self.healed_at = 0
-        self.store = MemoryStore(clock=lambda: EPOCH + self.time + self.offset)
+        self.store = Mirrored(self.clock, beside) if beside is not None else MemoryStore(clock=self.clock)
         self.sometimes: Counter[str] = Counter()
         self.notes: list[tuple[int, str, str, Any]] = []
         self.network: list[tuple[str, Callable[[], Any]]] = []
@@ -445,6 +453,10 @@ class World:
         """Whether nobody but a run itself can have killed its workers."""
         return self.crashes == 0
 
+    def clock(self) -> int:
+        """The store's."""
+        return EPOCH + self.time + self.offset
+
     # --- what everybody draws ---
 
     def hex(self, count: int) -> str:
@@ -471,11 +483,12 @@ class World:
         """What happens to this call of the store; None: nothing."""
         self.calls += 1
         config = self.config
-        if config.crash_at is not None:
-            number, fault = config.crash_at
-            if self.calls == number:
-                self.crashes += 1
-                return fault
+        if config.only is not None:
+            self.called.append(call)
+            for number, fault in config.crash_at:
+                if self.calls == number:
+                    self.crashes += 1
+                    return fault
             return None
         if self.healed or not config.rates:
             return None
@@ -678,6 +691,8 @@ class World:
                 self._heal()
                 self._settle()
                 self.checks.last()
+                if isinstance(self.store, Mirrored):
+                    self.store.check()
             finally:
                 for process in self.processes:
                     process.crash()
@@ -690,8 +705,9 @@ class World:
 
     def _heal(self) -> None:
         self.note("nemesis", "heals", "")
-        self.healed = self.config.crash_at is None
+        self.healed = not self.config.crash_at
         self.healed_at = self.time
+        self.checks.healed_at = self.store.now()
         while self.network:
             self.deliver()
         self.reveal()

@@ -1,0 +1,66 @@
+"""`perdure db status` and `perdure db upgrade`: the same words and exit codes for every kind of store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from perdure.cli.command import run
+from tests import servers
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Where there is no store yet."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/runs.db"
+        return
+    database = servers.needed()
+    with servers.schema(database) as schema:
+        yield f"{database.url}{'&' if '?' in database.url else '?'}schema={schema}"
+
+
+def asked(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = run(arguments)
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_a_store_is_made_by_upgrade_and_by_nothing_else(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, _ = asked(capsys, "db", "status", "--store", url)
+    assert code in (1, 4)  # no tables, or no file
+    code, out, err = asked(capsys, "db", "upgrade", "--store", url)
+    assert (code, "0001_runs.sql" in out, err) == (0, True, "Applied 0001_runs.sql.\n")
+    code, out, err = asked(capsys, "db", "upgrade", "--store", url)
+    assert (code, err) == (0, "Nothing was missing.\n")
+    code, out, _ = asked(capsys, "db", "status", "--store", url, "--json")
+    said = json.loads(out)
+    assert (code, said["current"], [one["name"] for one in said["migrations"]]) == (0, True, ["0001_runs.sql"])
+    assert said["migrations"][0]["applied_at"].endswith("+00:00")
+    assert asked(capsys, "list", "--store", url)[0] == 0
+
+
+def test_readers_make_no_store(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = asked(capsys, "list", "--store", url)
+    assert code == 4
+    assert "?migrate" not in err
+    assert "&migrate" not in err
+    assert asked(capsys, "db", "status", "--store", url)[0] in (1, 4)
+
+
+def test_what_a_later_version_applied_is_shown_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    database = servers.needed()
+    with servers.schema(database) as schema:
+        url = f"{database.url}{'&' if '?' in database.url else '?'}schema={schema}"
+        assert asked(capsys, "db", "upgrade", "--store", url)[0] == 0
+        with psycopg.connect(database.url, autocommit=True) as db:
+            db.execute(f"INSERT INTO {schema}.migrations VALUES (99, '0099_later.sql', 'x', 99, 0)".encode())
+        code, out, _ = asked(capsys, "db", "status", "--store", url)
+        assert (code, "of a later version" in out) == (0, True)
+        code, _, err = asked(capsys, "list", "--store", url)
+        assert (code, "Upgrade this process" in err) == (4, True)
