@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -495,6 +496,24 @@ def test_a_forked_child_makes_connections_of_its_own(opened: Open) -> None:
     os.close(writing)
     holder.commits(events=[EVENT])
     assert store.run(NAMESPACE, "of the child") is not None
+
+
+def test_a_batch_is_sent_without_waiting_and_collected_later(
+    opened: Open, database: servers.Database, schema: str
+) -> None:
+    store = opened()
+    holder = held(store)
+    with psycopg.connect(database.url) as other:
+        # Somebody's lock keeps the server from answering.
+        other.execute(f"SELECT 1 FROM {schema}.runs WHERE key = %s FOR UPDATE".encode(), [holder.run])
+        began = time.monotonic()
+        turn = holder.turn(events=[EVENT])
+        store.begin(Batch(turns=[turn]))
+        assert time.monotonic() - began < 2, "begin has waited for the answer"
+        assert not select.select([store.fileno()], [], [], 0.2)[0]
+        other.rollback()
+    assert select.select([store.fileno()], [], [], 10)[0]
+    assert store.finish() == [Committed(run=holder.run)]
 
 
 def test_two_threads_may_write(opened: Open) -> None:

@@ -24,8 +24,9 @@ UPDATE perdure.mail AS mail SET calls = false FROM called WHERE mail.run = calle
 -- name: claimable
 -- What a claim may take and nobody else is taking, most urgent first, oldest first among equals: for each queue and
 -- served name the head of its ready runs and of its timers that have come, so that a long line behind them costs
--- nothing. A sender's open transaction does not stand in the way of the lock. What was chosen is looked at again under
--- its lock, found by its key and in no other way.
+-- nothing. (Of those that are ready three times the number: others may be taking the first.) A sender's open
+-- transaction does not stand in the way of the lock. What was chosen is looked at again under its lock, found by its
+-- key and in no other way.
 SELECT run.key, run.strikes, run.history_bytes, (
     SELECT coalesce(sum(octet_length(mail.data)), 0)::int8 FROM perdure.mail AS mail
     WHERE mail.run = run.key AND mail.unread
@@ -40,7 +41,7 @@ WHERE run.key = ANY(ARRAY(
             SELECT ready.key, ready.priority FROM perdure.runs AS ready
             WHERE ready.namespace = $namespace::text AND ready.queue = queue.name AND ready.workflow = served.name
                 AND ready.kind = served.kind AND ready.due_at = 0 AND ready.strikes < $strikes::int4
-            ORDER BY ready.priority DESC, ready.key LIMIT $window::int8
+            ORDER BY ready.priority DESC, ready.key LIMIT 3 * $number::int8
         )
         UNION ALL
         (
