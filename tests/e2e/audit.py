@@ -76,7 +76,7 @@ class Found:
             }
             self.broken = [what for (what,) in db.execute("SELECT what FROM audit_broken")]
             self.workers = {
-                incarnation: int(name)
+                incarnation: pid_of(name)
                 for incarnation, name in db.execute("SELECT incarnation, name FROM perdure_workers")
             }
             self.mail = [
@@ -225,3 +225,8 @@ def inv_7_what_was_acknowledged_is_there(
     for run, message in signalled:
         place = (found.keys[run], message)
         assert (place in taken) != (place in unread), f"signal {message} of {run}"
+
+
+def pid_of(name: str) -> int:
+    """The process behind a worker's name: its own, also where it is one that was given to a single run."""
+    return int(name.rpartition("process ")[2].rstrip(")"))
