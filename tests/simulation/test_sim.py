@@ -40,7 +40,16 @@ HAPPENS = {
     *(f"{fault} at reap" for fault in ("crash_before", "crash_after", "ack_lost", "delayed")),
     *(f"crash at {call}" for call in ("history", "mail", "mailbox")),
     *POWERS,
-    *("fenced", "more mail", "mailbox full", "committed before", "reaped", "delivered late", "terminated", "killed by its step"),
+    *(
+        "fenced",
+        "more mail",
+        "mailbox full",
+        "committed before",
+        "reaped",
+        "delivered late",
+        "terminated",
+        "killed by its step",
+    ),
     "left in peace",
 }
 """What has to have happened at least once: a zero is a failure of the tests."""
