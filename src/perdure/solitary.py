@@ -109,7 +109,7 @@ def worker_of(told: dict[str, Any], link: socket.socket) -> Worker:
         resident=told["resident"],
         lease=told["lease"],
         limits=Limits(**told["limits"]),
-        name=told["name"],
+        name=f"{told['name'][:200]} (alone, process {os.getpid()})",
     )
     worker._core.settings.suspects = "only"
     worker._core.make_shift = functools.partial(Alone, worker, link)

@@ -19,7 +19,7 @@ from typing import Any
 from perdure import SQLiteStore
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 30.0
+PATIENCE = 60.0
 """Seconds after which what a test waits for is taken as never coming."""
 
 

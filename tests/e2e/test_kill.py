@@ -62,7 +62,7 @@ class Load:
         """Wait until all have ended, with the right results."""
         at = time.monotonic()
         results = await asyncio.wait_for(
-            asyncio.gather(*(self.client.handle(run, returns=int).result() for run in self.started)), 60
+            asyncio.gather(*(self.client.handle(run, returns=int).result() for run in self.started)), 200
         )
         print(f"after healing all ended within {time.monotonic() - at:.2f} s")
         numbers = [int(run.removeprefix("order-")) for run in self.started]
@@ -140,12 +140,14 @@ async def test_a_stopped_worker_that_goes_on_changes_nothing_and_begins_a_new_li
     first = site.worker(lease=1)
     await site.serving(first)
     async with Client(site.url) as client:
-        handle = await client.options(id="stopped").start("long_step", 0.3)
+        handle = await client.options(id="stopped").start("held_step", str(site.folder / "release"))
         await until(lambda: site.ledger(step="long"), "the long step")
         first.send_signal(signal.SIGSTOP)
         stopped = time.monotonic()
         second = site.worker(lease=1)
-        assert await handle.result(timeout=20) == str(second.pid)
+        await until(lambda: site.ledger(step="long")[1:], "the step in the other worker")
+        (site.folder / "release").touch()
+        assert await handle.result(timeout=60) == str(second.pid)
         print(f"taken over from a stopped worker after {time.monotonic() - stopped:.2f} s, with a lease of 1 s")
         before = site.ask("SELECT run, seq, event FROM perdure_history ORDER BY run, seq")
 
@@ -155,7 +157,7 @@ async def test_a_stopped_worker_that_goes_on_changes_nothing_and_begins_a_new_li
         second.send_signal(signal.SIGTERM)
         second.wait()
         again = await client.start("long_step", 0.0)
-        assert await again.result(timeout=20) == str(first.pid)
+        assert await again.result(timeout=60) == str(first.pid)
     after = site.ask("SELECT run, seq, event FROM perdure_history ORDER BY run, seq")
     assert after[: len(before)] == before
     assert site.ask("SELECT count(*) FROM perdure_workers") == [(3,)]
@@ -167,11 +169,12 @@ async def test_the_commit_of_a_worker_that_was_taken_for_dead_changes_nothing(si
     first = site.worker(lease=1, heartless=True)
     await site.serving(first)
     async with Client(site.url) as client:
-        handle = await client.options(id="late").start("long_step", 3.0)
+        handle = await client.options(id="late").start("held_step", str(site.folder / "release"))
         await until(lambda: site.ledger(step="long"), "the long step")
         second = site.worker(lease=1)
         await until(lambda: site.ledger(step="long")[1:], "the step in the other worker")
+        (site.folder / "release").touch()
         # It learns it from its next commit: the one that names the long step, or the step's own end.
         await until(lambda: "run late: its lease was lost" in site.log(), "the refusal of its commit")
-        assert await handle.result(timeout=20) == str(second.pid)
+        assert await handle.result(timeout=60) == str(second.pid)
     audit.check(site, killed=[first.pid], started=["late"], signalled=[])

@@ -64,7 +64,7 @@ def test_what_is_served_is_named_by_module_and_variable() -> None:
     named = {"module": __name__, "file": __file__}
     assert told["workflows"] == [{**named, "variable": "harmless"}, {**named, "variable": None}]
     assert told["activities"] == [{**named, "variable": "far"}]
-    assert (told["store"], told["grace"], told["name"]) == ("sqlite:///x.db", 7, "w (alone)")
+    assert (told["store"], told["grace"], told["name"]) == ("sqlite:///x.db", 7, "w")
     assert json.loads(json.dumps(told)) == told
 
 
@@ -84,7 +84,7 @@ async def test_a_worker_that_can_have_no_child_takes_the_suspect_itself(caplog: 
     worker = Worker(store, workflows=[harmless])
     serving = asyncio.create_task(worker.run())
     async with Client(store) as client:
-        assert await client.handle("suspect").result(timeout=20) == 42
+        assert await client.handle("suspect").result(timeout=60) == 42
     await worker.stop()
     await serving
     assert "cannot have a process of their own: nobody else can open its store" in caplog.text
@@ -96,7 +96,7 @@ async def test_a_suspect_that_is_harmless_goes_on_with_its_worker(tmp_path: Path
     worker = Worker(url_of(tmp_path), workflows=[harmless])
     serving = asyncio.create_task(worker.run())
     async with Client(store) as client:
-        assert await client.handle("suspect").result(timeout=20) == 42
+        assert await client.handle("suspect").result(timeout=60) == 42
         info = await client.handle("suspect").info()
         assert info.status == "completed"
         # Nobody needs the child any more, and nobody has to stop it.
@@ -115,7 +115,11 @@ class FakeChild:
         self.code = code
         self.incarnation = incarnation
         self.asked = self.closed = False
-        self.process = types.SimpleNamespace(pid=1)
+        self.since = 0.0
+        self.process = types.SimpleNamespace(pid=1, kill=self.killed, wait=lambda: None)
+
+    def killed(self) -> None:
+        self.code = -9
 
     def ask_to_stop(self) -> None:
         self.asked = True
@@ -176,6 +180,19 @@ async def test_children_that_come_to_nothing_are_started_ever_more_rarely_and_th
     assert caplog.text.count("cannot have a process of their own") == 1
 
 
+async def test_a_child_that_never_takes_a_run_is_ended_and_another_tried() -> None:
+    hanging = FakeChild(None)
+    story = Story([hanging, FakeChild(None)])
+    await struck(story.store)
+    assert story.suspects.step() == 1
+    story.now = 59
+    assert (story.suspects.step(), hanging.code) == (0, None)
+    story.now = 61
+    assert (story.suspects.step(), hanging.code) == (0, -9)
+    story.now = 63
+    assert story.suspects.step() == 1
+
+
 async def test_a_child_that_cannot_serve_is_not_tried_again() -> None:
     story = Story([FakeChild(UNFIT)])
     await struck(story.store)
@@ -233,7 +250,7 @@ async def test_a_script_that_serves_when_it_is_imported_still_has_its_suspects_e
     )
     try:
         async with Client(store) as client:
-            assert await client.handle("suspect").result(timeout=30) == 42
+            assert await client.handle("suspect").result(timeout=60) == 42
     finally:
         process.terminate()
     said = process.communicate(timeout=20)[1]

@@ -37,6 +37,8 @@ SIDE_BY_SIDE: Final = 4
 MOST_FAILURES: Final = 3
 """So many children in a row that ended without taking a run: then this process takes suspects itself."""
 FIRST_BACK_OFF: Final = 1.0
+TAKES_WITHIN: Final = 60.0
+"""Seconds after which a child that has no run is ended: nobody can say what it waits for."""
 TOOK: Final = "took"
 """The first word of what a child says once it has its run; the second is its incarnation."""
 UNFIT: Final = 75
@@ -71,7 +73,7 @@ def instructions(
         "lease": settings.lease,
         "grace": grace,
         "limits": asdict(settings.limits),
-        "name": f"{settings.name} (alone)",
+        "name": settings.name,
         "log": root.level if root.handlers else None,
     }
 
@@ -115,6 +117,7 @@ class Child:
 
     def __init__(self, line: bytes) -> None:
         self.asked = False
+        self.since = time.monotonic()
         self._heard = b""
         self.socket, theirs = socket.socketpair()
         try:
@@ -236,7 +239,12 @@ class Suspects:
             child.close()
 
     def _mind(self) -> None:
-        """Take leave of children that have ended."""
+        """Take leave of children that have ended, and end those that came to nothing."""
+        for child in self.children:
+            if self._monotonic() - child.since > TAKES_WITHIN and child.incarnation is None and child.code is None:
+                log.warning("process %d has no run after %g s, and is ended", child.process.pid, TAKES_WITHIN)
+                child.process.kill()
+                child.process.wait()
         for child in [child for child in self.children if child.code is not None]:
             code, incarnation = child.code, child.incarnation
             assert code is not None
