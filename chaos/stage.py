@@ -213,7 +213,7 @@ class Stage:
         deadline = at + seconds
         while (left := self.base.ask(f"SELECT count(*) {live}")[0][0]) > stay:
             if time.monotonic() > deadline:
-                some = self.base.ask(f"SELECT id, workflow, status, waits {live} LIMIT 5")
+                some = self.base.ask(f"SELECT id, workflow, status, strikes, waits {live} LIMIT 5")
                 self.violated(f"INV-23: {left} runs have not ended {seconds:g} s after the faults: {some}")
                 return
             await asyncio.sleep(0.05)
