@@ -520,7 +520,7 @@ class SQLiteStore:
     @contextmanager
     def _transaction(self, *, at_once: bool = False) -> Iterator[Connection]:
         """One write transaction: all of the block, or nothing of it. at_once: `StoreLocked` instead of waiting."""
-        with self._passage(0.0 if at_once else self._busy_timeout), ours(self.url):
+        with self._passage(0.0 if at_once else self._busy_timeout + self._steps.patience), ours(self.url):
             db = self._opened_writer()
             try:
                 if at_once:
