@@ -205,9 +205,15 @@ class Stage:
 
     # --- the end ---
 
-    async def healed(self, seconds: float = PATIENCE) -> None:
-        """Wait until all runs have ended, but those that are to stay open or were put aside."""
+    async def healed(self, seconds: float | None = None) -> None:
+        """Wait until all runs have ended, but those that are to stay open or were put aside.
+
+        seconds: by default as long as the size allows. Runs that lost two workers are executed alone, some at a time in
+        processes of their own: where many did, the last of them comes after minutes.
+        """
         at = time.monotonic()
+        if seconds is None:
+            seconds = self.pick(PATIENCE, 3 * PATIENCE, 15 * PATIENCE)
         stay = len(self.promised.open)
         live = "FROM {runs} WHERE ended_at IS NULL AND status <> 'quarantined'"
         deadline = at + seconds
