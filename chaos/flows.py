@@ -226,6 +226,13 @@ def holds_the_interpreter(seconds: float) -> str:
     return str(os.getpid())
 
 
+async def never_awaits() -> None:
+    """Keeps the loop of its worker, whose heart goes on beating in a thread of its own."""
+    note("begin")
+    while True:
+        pass
+
+
 def recurses(depth: int = 0) -> int:
     if depth == 0:
         note("begin")
@@ -271,6 +278,11 @@ async def loops(ctx: Context) -> None:
 @workflow
 async def hogs(ctx: Context, seconds: float) -> str:
     return str(await ctx.step.run("long", holds_the_interpreter, seconds))
+
+
+@workflow
+async def spins(ctx: Context) -> None:
+    await ctx.step.run("deadly", never_awaits)
 
 
 @workflow
