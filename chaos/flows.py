@@ -87,8 +87,10 @@ def pay(db: Any, table: str) -> None:
     """Writes a row of the user's own, by either driver; the audit counts them."""
     note("begin")
     info = current_step()
-    db.execute(f"INSERT INTO {table} VALUES ('{info.run_id}', '{info.id}')")
-    note("end")
+    try:
+        db.execute(f"INSERT INTO {table} VALUES ('{info.run_id}', '{info.id}')")
+    finally:
+        note("end")  # also where the server was gone
 
 
 @workflow
