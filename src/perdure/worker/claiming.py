@@ -46,8 +46,9 @@ class Watcher:
         self.store.wait(shift.incarnation, shift.settings.queues, 0 if self._more else timeout)
         if shift.closed:
             return 0
-        mail = self.store.mail(shift.incarnation) if shift.residents or shift.activities else []
         heads = self._claim()
+        owns = shift.residents or shift.activities
+        mail = self.store.mail(shift.incarnation) if owns and self.store.mail_is_likely(shift.incarnation) else []
         if heads or mail:
             shift._soon(shift.received, heads, mail)
         while self._unreadable:
