@@ -346,7 +346,8 @@ def test_a_turn_that_cannot_be_stored_harms_only_itself(store: SQLiteStore, unfi
 # --- threads and forks
 
 
-def test_many_threads_write_and_read_at_once(store: SQLiteStore) -> None:
+def test_many_threads_write_and_read_at_once(path: Path) -> None:
+    store = SQLiteStore(path, busy_timeout=60)
     failures: list[BaseException] = []
 
     def work(name: str) -> None:
@@ -365,6 +366,7 @@ def test_many_threads_write_and_read_at_once(store: SQLiteStore) -> None:
         thread.join()
     assert not failures
     assert store.counts("default") == {"ready": 120}
+    store.close()
 
 
 def in_a_fork(work: Callable[[], None]) -> int:

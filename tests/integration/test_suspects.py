@@ -90,22 +90,25 @@ async def test_a_worker_that_can_have_no_child_takes_the_suspect_itself(caplog: 
     assert "cannot have a process of their own: nobody else can open its store" in caplog.text
 
 
-async def test_a_suspect_that_is_harmless_goes_on_with_its_worker(tmp_path: Path) -> None:
+async def test_suspects_that_are_harmless_go_on_and_share_a_process_one_after_the_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store = SQLiteStore(tmp_path / "runs.db")
-    await struck(store)
+    for n in range(12):
+        await struck(store, f"suspect-{n}")
     worker = Worker(url_of(tmp_path), workflows=[harmless])
     serving = asyncio.create_task(worker.run())
     async with Client(store) as client:
-        assert await client.handle("suspect").result(timeout=60) == 42
-        info = await client.handle("suspect").info()
-        assert info.status == "completed"
-        # Nobody needs the child any more, and nobody has to stop it.
+        for n in range(12):
+            assert await client.handle(f"suspect-{n}").result(timeout=60) == 42
+        # Nobody needs a process any more, and nobody has to stop it.
         suspects = worker._core._suspects
         assert suspects is not None
-        await until(lambda: not suspects.children, "the end of the child")
+        await until(lambda: not suspects.children, "the end of the last child")
     await worker.stop()
     await serving
     store.close()
+    assert 1 <= caplog.text.count("is to be executed alone") < 6
 
 
 class FakeChild:
@@ -114,6 +117,7 @@ class FakeChild:
     def __init__(self, code: int | None, incarnation: str | None = None) -> None:
         self.code = code
         self.incarnation = incarnation
+        self.has_one = incarnation is not None
         self.asked = self.closed = False
         self.since = 0.0
         self.process = types.SimpleNamespace(pid=1, kill=self.killed, wait=lambda: None)
@@ -160,7 +164,7 @@ async def test_one_child_is_started_at_a_time_and_a_few_at_once() -> None:
     assert [story.suspects.step() for _ in range(3)] == [1, 0, 0]
     started = 1
     for child in children[:8]:
-        child.incarnation = "taken"
+        child.incarnation, child.has_one = "taken", True
         started += story.suspects.step()
     assert started == len(story.suspects.children) == 4
 
@@ -223,7 +227,7 @@ def test_a_child_that_dies_before_it_listens_is_noticed(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "executable", "/bin/false")
     child = Child(b"x" * 100_000 + b"\n")
     child.process.wait(20)
-    assert (child.code, child.incarnation) == (1, None)
+    assert (child.code, child.has_one, child.incarnation) == (1, False, None)
     child.close()
 
 

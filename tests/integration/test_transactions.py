@@ -620,6 +620,7 @@ async def test_a_worker_that_dies_behind_the_commit_repeats_nothing(folder: Path
     assert effects(folder) == ["paid"]
     assert kinds(history)[1:] == ["step_completed", "patched", "child", "step_cancelled", "ended"]
     await abandoned(first)
+    store.close()
 
 
 async def abandoned(dead: Engine) -> None:
