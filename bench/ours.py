@@ -16,6 +16,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+import collector
 import workflows
 from meter import Meter, Server
 from workflows import ALL, compared, nap, nap_until, steps, steps_then_wait, sync_steps, ticking, waiter
@@ -284,6 +285,7 @@ MEASUREMENTS = {
 
 
 def main() -> None:
+    collector.settle()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("measurement", choices=MEASUREMENTS)
     parser.add_argument("--store", help="default: a new SQLite file, removed afterwards")
