@@ -15,7 +15,7 @@ from programs import HERE, Answer, Failed, Scale, absurd, dbos, fleet, gathered,
 from table import Check, Line, at_least, at_most, joined, percentile
 
 ENGINES = 2
-"""Processes of ours at full load: with one, one core is the limit (`pg-workers` tells); with three, batches are small."""
+"""Processes of ours at full load: with one, one core is the limit (`pg-workers`); with three, the batches are small."""
 DBOS = {"processes": 3, "threads": 2, "pool": 4}
 ABSURD = {"workers": 4, "batch": 32}
 PEERS = "DBOS: 3 processes, each with 2 executor threads and a pool of 4; Absurd: 4 sync workers, 32 tasks a claim"
