@@ -228,9 +228,14 @@ def holds_the_interpreter(seconds: float) -> str:
     return str(os.getpid())
 
 
-async def never_awaits() -> None:
-    """Keeps the loop of its worker, whose heart goes on beating in a thread of its own."""
+async def never_awaits(marker: str) -> None:
+    """Keeps the loop of the first worker that executes it, whose heart is in a thread of its own."""
     note("begin")
+    try:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        note("end")
+        return
     while True:
         pass
 
@@ -283,8 +288,8 @@ async def hogs(ctx: Context, seconds: float) -> str:
 
 
 @workflow
-async def spins(ctx: Context) -> None:
-    await ctx.step.run("deadly", never_awaits)
+async def spins(ctx: Context, marker: str) -> None:
+    await ctx.step.run("deadly", never_awaits, marker)
 
 
 @workflow

@@ -42,24 +42,21 @@ def test_a_scenario_violates_nothing(name: str, store: str) -> None:
     assert report.violations == []
 
 
-@pytest.mark.xfail(
-    raises=TimeoutError,
-    reason="the heart of a worker whose loop is held goes on beating, so nobody takes its runs over",
-)
 def test_a_step_that_keeps_the_loop_of_its_worker_keeps_no_other_run(tmp_path: Path) -> None:
     stage = Stage(SQLiteBase(tmp_path), tmp_path, Report(scenario="spins", store="sqlite", size="short", seed=1))
     stage.base.prepare()
 
     async def play() -> None:
-        await stage.workers(1, lease=0.5)
+        await stage.workers(1, lease=1)
         async with Client(stage.base.url) as client:
             load = Load(stage, client)
             await load.start("long_step", 0.5, id="innocent")
             await stage.until(lambda: stage.lines(step="long"), "the innocent step")
-            await load.start("spins", id="spins")
+            await load.start("spins", str(tmp_path / "spun"), id="spins")
             await stage.until(lambda: stage.lines(step="deadly"), "the step that spins")
-            await stage.workers(1, lease=0.5)
-            await client.handle("innocent").result(timeout=4)
+            await stage.workers(1, lease=1)
+            for run in ("innocent", "spins"):
+                await client.handle(run).result(timeout=30)
 
     try:
         asyncio.run(play())

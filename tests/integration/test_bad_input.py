@@ -575,7 +575,7 @@ async def test_stores_that_are_none_are_refused_by_name_and_left_alone(tmp_path:
         (f"sqlite:///{tmp_path}/no/where.db", NotAStore),
         ("sqlite://", NotAStore),
         ("", NotAStore),
-        ("postgres://localhost/x", NotAStore),
+        ("mysql://localhost/x", NotAStore),
         (url_of(tmp_path), StoreTooNew),
     ):
         for made in (Client(url), Engine(url, workflows=[echo])):

@@ -194,6 +194,7 @@ class Shift:
             ttl=self.settings.lease,
             dead=lambda: self._soon(self.died),
             clock=self.monotonic if self.monotonic is not time.monotonic else _default_clock,
+            ask_loop=self._soon,
         )
 
     def died(self) -> None:
