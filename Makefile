@@ -3,10 +3,10 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-# make pytest TESTS=tests/unit ARGS="-k retry"   make test WORKERS=2 (several processes: quicker, reports less tidy)
+# make pytest TESTS=tests/unit ARGS="-k retry"   make test WORKERS= (one process: slower, reports tidier)
 TESTS  ?= tests
 ARGS   ?=
-WORKERS ?=
+WORKERS ?= 2
 ROW    ?=
 
 PY    := $(VENV)/bin/python
