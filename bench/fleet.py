@@ -12,9 +12,12 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from asyncio.subprocess import Process
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from meter import Server
 from table import percentile
 from workflows import ALL, signed, slow_steps
 
-from perdure import Client, Worker
+from perdure import Client, UnknownWorkflow, Worker
 
 Answer = dict[str, Any]
 SLOW = 0.05
@@ -32,25 +35,33 @@ SLOW = 0.05
 
 
 async def serve(asked: argparse.Namespace) -> Answer:
+    # With its standard input, so that none outlives a measurement that was killed.
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     await Worker(asked.store, workflows=ALL, lease=asked.lease).run()
     return {}
 
 
-async def started(asked: argparse.Namespace, **environment: str) -> list[Process]:
+@asynccontextmanager
+async def working(asked: argparse.Namespace, **environment: str) -> AsyncIterator[list[Process]]:
+    """So many workers, all started at once on what may still be an empty database."""
     command = [sys.executable, __file__, "serve", f"--store={asked.store}", f"--lease={asked.lease}"]
-    output = asyncio.subprocess.DEVNULL
-    environment = {**os.environ, **environment}
-    return [
-        await asyncio.create_subprocess_exec(*command, env=environment, stdout=output) for _ in range(asked.workers)
+    processes = [
+        await asyncio.create_subprocess_exec(
+            *command,
+            env={**os.environ, **environment},
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+        )
+        for _ in range(asked.workers)
     ]
-
-
-async def ended(workers: list[Process]) -> None:
-    for worker in workers:
-        if worker.returncode is None:
-            worker.send_signal(signal.SIGCONT)
-            worker.terminate()
-    await asyncio.gather(*(worker.wait() for worker in workers))
+    try:
+        yield processes
+    finally:
+        for each in processes:
+            if each.returncode is None:
+                each.send_signal(signal.SIGCONT)
+                each.terminate()
+        await asyncio.gather(*(each.wait() for each in processes))
 
 
 class Load:
@@ -92,12 +103,25 @@ class Load:
         await asyncio.gather(*begun)
 
 
+async def ready(client: Client, processes: list[Process]) -> None:
+    """Until each worker has done a run."""
+    load = Load(client)
+    until = time.monotonic() + 60
+    while not load.done.keys() >= {each.pid for each in processes}:
+        if time.monotonic() > until or any(each.returncode is not None for each in processes):
+            raise RuntimeError("not every worker has begun to work")
+        try:
+            await load.keep(32 * len(processes), 0.3)
+        except UnknownWorkflow:
+            # Nobody has announced anything yet.
+            await asyncio.sleep(0.1)
+
+
 async def workers(asked: argparse.Namespace) -> Answer:
     """CPU seconds per step of all workers and of the server; how the runs were shared, and whether any was lost."""
-    processes = await started(asked)
     server = Server(asked.store)
-    async with Client(asked.store) as client:
-        await asyncio.sleep(2.0)
+    async with working(asked) as processes, Client(asked.store) as client:
+        await ready(client, processes)
         await Load(client).keep(asked.concurrency, 1.0)
         load = Load(client)
         began = time.perf_counter()
@@ -107,7 +131,6 @@ async def workers(asked: argparse.Namespace) -> Answer:
         spent = time.perf_counter() - began
         cpu = sum(proc.of_process(each.pid) for each in processes) - cpu
         server_cpu = server.cpu() - server_cpu
-    await ended(processes)
     server.close()
     runs = load.done.total()
     return {
@@ -125,9 +148,8 @@ async def recovery(asked: argparse.Namespace) -> Answer:
     SIGTERM lets the steps in flight end; their time is not counted.
     """
     ledger = Path(tempfile.mkdtemp(prefix="bench-ledger-"), "ledger.txt")
-    processes = await started(asked, **{workflows.LEDGER: str(ledger)})
-    async with Client(asked.store) as client:
-        await asyncio.sleep(1.5)
+    async with working(asked, **{workflows.LEDGER: str(ledger)}) as processes, Client(asked.store) as client:
+        await ready(client, processes)
         runs = [await client.options(id=f"run-{n}").start(slow_steps, asked.steps) for n in range(asked.runs)]
         await asyncio.sleep(1.5)
         before = notes(ledger)
@@ -135,7 +157,6 @@ async def recovery(asked: argparse.Namespace) -> Answer:
         hit_at = time.time()
         victim.send_signal(getattr(signal, asked.signal))
         results = await asyncio.gather(*(run.result(timeout=60) for run in runs), return_exceptions=True)
-    await ended(processes)
     lines = notes(ledger)
     owned = {run: (pid, at) for run, _, pid, at in lines if at <= hit_at}
     orphans = {run: at for run, (pid, at) in owned.items() if pid == victim.pid}
@@ -159,18 +180,18 @@ def notes(ledger: Path) -> list[tuple[str, str, int, float]]:
 
 async def soak(asked: argparse.Namespace) -> Answer:
     """Two workers under an even load; in the middle of each minute `perdure prune` removes what ended before."""
-    processes = await started(asked)
     server = Server(asked.store)
     minutes: list[Answer] = []
     quiet: list[float] = []
     cleaning: list[float] = []
     pruned, seconds = 0, 0.0
 
-    def cpu() -> float:
-        return sum(proc.of_process(each.pid) for each in processes) + server.cpu()
+    async with working(asked) as processes, Client(asked.store) as client:
+        await ready(client, processes)
 
-    async with Client(asked.store) as client:
-        await asyncio.sleep(2.0)
+        def cpu() -> float:
+            return sum(proc.of_process(each.pid) for each in processes) + server.cpu()
+
         await Load(client).paced(asked.rate, asked.minute / 6)
         for _ in range(asked.minutes):
             load, spent = Load(client), cpu()
@@ -190,7 +211,6 @@ async def soak(asked: argparse.Namespace) -> Answer:
                     "lost": load.started - runs,
                 }
             )
-    await ended(processes)
     server.close()
     return {
         "minutes": minutes,

@@ -16,6 +16,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+import collector
 import workflows
 from meter import Meter, Server
 from workflows import ALL, compared, nap, nap_until, steps, steps_then_wait, sync_steps, ticking, waiter
@@ -192,8 +193,12 @@ async def beside(store: str, asked: argparse.Namespace) -> Answer:
     """
     server = Server(store)
     async with engine_on(store) as engine:
-        alone = [await engine.options(id=f"alone-{number}").start(ticking, 100) for number in range(asked.runs)]
-        await asyncio.gather(*(run.result() for run in alone))
+
+        async def alone(part: str) -> None:
+            runs = [await engine.options(id=f"alone-{part}-{n}").start(ticking, 50) for n in range(asked.runs)]
+            await asyncio.gather(*(run.result() for run in runs))
+
+        await alone("before")
         runs = [await engine.options(id=f"beside-{number}").start(ticking, 100) for number in range(asked.runs)]
         user = server.another()
 
@@ -214,6 +219,7 @@ async def beside(store: str, asked: argparse.Namespace) -> Answer:
         user.commit()
         await asyncio.gather(*results)
         after = (time.perf_counter() - began) * 1000
+        await alone("after")
     gaps = {
         name: [ms for run, each in workflows.ticked.items() if run.startswith(name) for ms in each[:-1]]
         for name in ("alone", "beside")
@@ -279,6 +285,7 @@ MEASUREMENTS = {
 
 
 def main() -> None:
+    collector.settle()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("measurement", choices=MEASUREMENTS)
     parser.add_argument("--store", help="default: a new SQLite file, removed afterwards")

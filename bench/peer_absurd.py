@@ -23,6 +23,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, Final
 
+import collector
 import psycopg
 from absurd_sdk import Absurd, AsyncAbsurd
 from absurdctl import BUNDLED_SCHEMA_SQL
@@ -145,6 +146,7 @@ def timed(act: Callable[[], object], seconds: float) -> list[float]:
 
 
 def main() -> None:
+    collector.settle()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workload", choices=("steps-3", "latency", "work"))
     parser.add_argument("seconds", type=float)

@@ -29,6 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import collector
 from dbos import DBOS, DBOSConfig
 
 POLL = 0.01
@@ -202,6 +203,7 @@ def together(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
+    collector.settle()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workload", choices=("steps-3", "steps-100", "latency", "sleeps", "signals", "migrate"))
     parser.add_argument("size", type=float)

@@ -87,8 +87,10 @@ def pay(db: Any, table: str) -> None:
     """Writes a row of the user's own, by either driver; the audit counts them."""
     note("begin")
     info = current_step()
-    db.execute(f"INSERT INTO {table} VALUES ('{info.run_id}', '{info.id}')")
-    note("end")
+    try:
+        db.execute(f"INSERT INTO {table} VALUES ('{info.run_id}', '{info.id}')")
+    finally:
+        note("end")  # also where the server was gone
 
 
 @workflow
@@ -226,6 +228,18 @@ def holds_the_interpreter(seconds: float) -> str:
     return str(os.getpid())
 
 
+async def never_awaits(marker: str) -> None:
+    """Keeps the loop of the first worker that executes it, whose heart is in a thread of its own."""
+    note("begin")
+    try:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        note("end")
+        return
+    while True:
+        pass
+
+
 def recurses(depth: int = 0) -> int:
     if depth == 0:
         note("begin")
@@ -271,6 +285,11 @@ async def loops(ctx: Context) -> None:
 @workflow
 async def hogs(ctx: Context, seconds: float) -> str:
     return str(await ctx.step.run("long", holds_the_interpreter, seconds))
+
+
+@workflow
+async def spins(ctx: Context, marker: str) -> None:
+    await ctx.step.run("deadly", never_awaits, marker)
 
 
 @workflow

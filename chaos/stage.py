@@ -205,15 +205,21 @@ class Stage:
 
     # --- the end ---
 
-    async def healed(self, seconds: float = PATIENCE) -> None:
-        """Wait until all runs have ended, but those that are to stay open or were put aside."""
+    async def healed(self, seconds: float | None = None) -> None:
+        """Wait until all runs have ended, but those that are to stay open or were put aside.
+
+        seconds: by default as long as the size allows. Runs that lost two workers are executed alone, some at a time in
+        processes of their own: where many did, the last of them comes after minutes.
+        """
         at = time.monotonic()
+        if seconds is None:
+            seconds = self.pick(PATIENCE, 3 * PATIENCE, 15 * PATIENCE)
         stay = len(self.promised.open)
         live = "FROM {runs} WHERE ended_at IS NULL AND status <> 'quarantined'"
         deadline = at + seconds
         while (left := self.base.ask(f"SELECT count(*) {live}")[0][0]) > stay:
             if time.monotonic() > deadline:
-                some = self.base.ask(f"SELECT id, workflow, status, waits {live} LIMIT 5")
+                some = self.base.ask(f"SELECT id, workflow, status, strikes, waits {live} LIMIT 5")
                 self.violated(f"INV-23: {left} runs have not ended {seconds:g} s after the faults: {some}")
                 return
             await asyncio.sleep(0.05)

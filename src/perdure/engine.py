@@ -70,7 +70,7 @@ class _Serves(Core):
         self._watchdog = Watchdog(shift.watched, self.limits.busy)
         self._threads = [
             Serving("perdure-watcher", watcher.step),
-            Serving("perdure-housekeeper", keeper.step, pause=lambda: min(self.settings.lease / 3, self.store.rounds)),
+            Serving("perdure-housekeeper", keeper.step, pause=keeper.pause),
         ]
         if self.told is not None:
             self._suspects = Suspects(self.store, shift, self.told)

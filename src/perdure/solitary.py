@@ -1,8 +1,9 @@
 """The process that a worker gives to a run that killed two workers: `python -m perdure.solitary`, started by it alone.
 
-It reads one line of instructions from its stdin, imports what it is to serve, takes one run with two strikes and
-nothing else, and ends when the suspicion is settled: the run has made progress, has ended, waits, or has killed this
-process. Whatever the run does, it does to this process: a crash, an endless loop, memory that runs out.
+It reads one line of instructions from its stdin, imports what it is to serve, and takes one run with two strikes and
+nothing else. The suspicion is settled when the run has made progress, has ended, waits, or has killed this process.
+Whatever the run does, it does to this process: a crash, an endless loop, memory that runs out. If it has left in peace
+and left nothing behind, the process takes the next suspect; it ends when there is none.
 
 It does not outlive its worker: stdin is a socket whose end means that the worker is gone, and an alarm ends a process
 whose interpreter has not come back for twice the lease. Until then its lease has run out, and others have its run.
@@ -33,12 +34,14 @@ from perdure.core.limits import Limits
 from perdure.core.turn import Head
 from perdure.engine import Worker, _Serves
 from perdure.worker.shift import Shift
-from perdure.worker.suspects import TOOK, UNFIT
+from perdure.worker.suspects import FREE, TOOK, UNFIT
 
 log = logging.getLogger("perdure.worker")
 
 LOOKS_FOR: Final = 5.0
-"""Seconds after which it ends if there is no suspect: somebody else has taken it."""
+"""Seconds after which it ends if there is no suspect."""
+LEAVES_WITHIN: Final = 0.01
+"""Seconds between two looks whether a run has left."""
 UNTIL_KILLED: Final = 86_400.0
 """Seconds that what executes gets after SIGTERM: the worker knows how many, and ends this process after them."""
 
@@ -48,26 +51,59 @@ class Alone(Shift):
 
     def __init__(self, worker: Worker, link: socket.socket, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        self.has_it = False
         self._worker = worker
         self._link = link
+        self._has_one = False
+        self._leaving: asyncio.TimerHandle | None = None
 
     def _take_up(self, head: Head, events: Sequence[ev.Event]) -> None:
-        if not self.has_it:
-            self.has_it = True
+        if not self._has_one:
+            self._has_one = True
             # Before its code is touched, which may be the end.
-            self._link.sendall(f"{TOOK} {self.incarnation}\n".encode())
+            self._say(f"{TOOK} {self.incarnation}")
         super()._take_up(head, events)
 
     def no_longer_alone(self) -> None:
         super().no_longer_alone()
         # Later: this is called in the middle of a turn whose steps have not begun yet.
-        self.loop.call_soon(self.leave)
+        self.loop.call_soon(self._settled)
 
-    def leave(self) -> None:
-        """The suspicion is settled, or there was none."""
+    def wait_for_one(self) -> None:
+        """End soon, unless there is a suspect to take."""
+        self._leaving = self.loop.call_later(LOOKS_FOR, self._leave)
+
+    def _settled(self) -> None:
+        """The suspicion is settled: what executes may end, then the run is any worker's."""
+        if self._leaving is not None:
+            self._leaving.cancel()
         self.drain()
-        self._worker._ask_to_stop()
+        self._next()
+
+    def _next(self) -> None:
+        if self._worker._stopped or self.closed:
+            return
+        if self.residents or self.activities or not self.idle:
+            self.loop.call_later(LEAVES_WITHIN, self._next)
+        elif self.threads.at_rest:
+            self._has_one = False
+            self._say(FREE)
+            self.draining = False
+            self.store.wake()
+            self.wait_for_one()
+        else:
+            # A function that it left behind still runs, and could harm the next.
+            self._leave()
+
+    def _leave(self) -> None:
+        if not self._has_one or self.draining:
+            self.drain()
+            self._worker._ask_to_stop()
+
+    def _say(self, text: str) -> None:
+        try:
+            self._link.sendall(f"{text}\n".encode())
+        except OSError:
+            log.debug("the worker is gone")
 
 
 def found(named: dict[str, Any]) -> Any:
@@ -109,7 +145,7 @@ def worker_of(told: dict[str, Any], link: socket.socket) -> Worker:
         resident=told["resident"],
         lease=told["lease"],
         limits=Limits(**told["limits"]),
-        name=told["name"],
+        name=f"{told['name'][:200]} (alone, process {os.getpid()})",
     )
     worker._core.settings.suspects = "only"
     worker._core.make_shift = functools.partial(Alone, worker, link)
@@ -125,7 +161,7 @@ async def serve(worker: Worker, link: socket.socket, *, lease: float, grace: flo
     assert isinstance(shift, Alone)
     minding = (worker, loop, link, lease, grace)
     threading.Thread(target=_mind_the_worker, args=minding, name="perdure-parent", daemon=True).start()
-    loop.call_later(LOOKS_FOR, lambda: None if shift.has_it else shift.leave())
+    shift.wait_for_one()
     await worker.run()
     end(0)
 
@@ -137,7 +173,7 @@ def _mind_the_worker(
     while True:
         signal.setitimer(signal.ITIMER_REAL, 2 * lease)
         readable, _, _ = select.select([link], [], [], lease / 4)
-        if readable and not link.recv(64):
+        if readable and _at_its_end(link):
             break
     if worker._stopped or (worker._stopping is not None and worker._stopping.is_set()):
         # It was asked to stop, and has gone without waiting for us: a second signal.
@@ -150,6 +186,14 @@ def _mind_the_worker(
     while True:
         signal.setitimer(signal.ITIMER_REAL, 2 * lease)
         threading.Event().wait(lease / 4)
+
+
+def _at_its_end(link: socket.socket) -> bool:
+    try:
+        return not link.recv(64)
+    except OSError:
+        # It was killed before it had read all we said.
+        return True
 
 
 def end(code: int) -> None:

@@ -62,6 +62,7 @@ class AgainstMemory(RuleBasedStateMachine):
         self.real = self.make(self.clock)
         self.keys: dict[int, int] = {}  # a run's key in the model -> in the store
         self.known: dict[int, int] = {}  # and back
+        self.limit_of: dict[tuple[str, str], int | None] = {}
         self.parents: set[tuple[int, str]] = set()  # steps that have asked for a child
         self.last = Batch()
         self.unique = itertools.count()
@@ -197,12 +198,14 @@ class AgainstMemory(RuleBasedStateMachine):
                 st.builds(ParentLink, run=run, step=st.sampled_from(STEPS)),
             )
         )
+        id = data.draw(st.sampled_from(MESSAGE_IDS))
+        # Whoever sends a message again sends the same one.
         return Send(
             to=to,
-            id=data.draw(st.sampled_from(MESSAGE_IDS)),
+            id=id,
             kind=data.draw(st.sampled_from(["signal", "signal", "cancel"])),
             data=f"{next(self.unique)}",
-            limit=data.draw(st.sampled_from([None, 1, 3])),
+            limit=self.limit_of.setdefault((str(to), id), data.draw(st.sampled_from([None, 1, 3]))),
         )
 
     def a_turn(self, data: st.DataObject, run: int) -> Turn:

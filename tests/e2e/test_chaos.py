@@ -42,6 +42,28 @@ def test_a_scenario_violates_nothing(name: str, store: str) -> None:
     assert report.violations == []
 
 
+def test_a_step_that_keeps_the_loop_of_its_worker_keeps_no_other_run(tmp_path: Path) -> None:
+    stage = Stage(SQLiteBase(tmp_path), tmp_path, Report(scenario="spins", store="sqlite", size="short", seed=1))
+    stage.base.prepare()
+
+    async def play() -> None:
+        await stage.workers(1, lease=1)
+        async with Client(stage.base.url) as client:
+            load = Load(stage, client)
+            await load.start("long_step", 0.5, id="innocent")
+            await stage.until(lambda: stage.lines(step="long"), "the innocent step")
+            await load.start("spins", str(tmp_path / "spun"), id="spins")
+            await stage.until(lambda: stage.lines(step="deadly"), "the step that spins")
+            await stage.workers(1, lease=1)
+            for run in ("innocent", "spins"):
+                await client.handle(run).result(timeout=30)
+
+    try:
+        asyncio.run(play())
+    finally:
+        stage.close()
+
+
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Facts, Promised]:
     """What a few ordinary runs leave behind."""
@@ -53,7 +75,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Facts, Promised]:
         await stage.workers(1)
         async with Client(stage.base.url) as client:
             load = Load(stage, client)
-            await load.run(0.3, 40)
+            await asyncio.gather(*(load.one() for _ in range(12)))
             await stage.healed()
         await stage.leave()
 

@@ -19,7 +19,7 @@ from perdure import RunInfo
 from perdure.cli.command import COMMANDS
 from perdure.cli.command import run as in_process
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 FLOWS = """
 import os, time
 from dataclasses import dataclass

@@ -25,7 +25,7 @@ def test_the_same_on_postgresql_by_another_url(tmp_path: Path) -> None:
 
 def charges_each_order_once(tmp_path: Path, *url: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(DEMO), *url], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, str(DEMO), *url], cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kill -9" in done.stdout

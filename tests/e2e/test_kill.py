@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 from perdure import Client
@@ -34,12 +35,12 @@ class Load:
         self.started: list[str] = []
         self.signalled: list[tuple[str, str]] = []
 
-    async def run(self, seconds: float) -> None:
-        """Start runs for so long."""
+    async def run(self, seconds: float, enough: Callable[[], bool] = lambda: True) -> None:
+        """Start runs for so long, or longer until it is enough."""
         deadline = time.monotonic() + seconds
         running: set[asyncio.Task[None]] = set()
         number = 0
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline or not enough():
             number += 1
             task = asyncio.create_task(self._one(number))
             running.add(task)
@@ -62,7 +63,7 @@ class Load:
         """Wait until all have ended, with the right results."""
         at = time.monotonic()
         results = await asyncio.wait_for(
-            asyncio.gather(*(self.client.handle(run, returns=int).result() for run in self.started)), 60
+            asyncio.gather(*(self.client.handle(run, returns=int).result() for run in self.started)), 200
         )
         print(f"after healing all ended within {time.monotonic() - at:.2f} s")
         numbers = [int(run.removeprefix("order-")) for run in self.started]
@@ -82,9 +83,13 @@ async def test_killing_workers_at_random_loses_and_repeats_nothing(site: Site) -
     killed: list[int] = []
     await site.serving(*workers)
 
+    def enough() -> bool:
+        # On a busy machine the same takes longer.
+        return len(killed) >= SECONDS / 4 and len(load.started) >= SECONDS * STARTS_PER_SECOND / 4
+
     async def nemesis() -> None:
         deadline = time.monotonic() + SECONDS
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline or not enough():
             await asyncio.sleep(chance.uniform(0.1, 1.5))
             place = chance.randrange(WORKERS)
             victim = workers[place]
@@ -99,11 +104,10 @@ async def test_killing_workers_at_random_loses_and_repeats_nothing(site: Site) -
 
     async with Client(site.url) as client:
         load = Load(client, chance)
-        await asyncio.gather(load.run(SECONDS), nemesis())
+        await asyncio.gather(load.run(SECONDS, enough), nemesis())
         await load.healed()
     print(audit.check(site, killed=killed, started=load.started, signalled=load.signalled))
-    assert len(load.started) >= SECONDS * STARTS_PER_SECOND / 4
-    assert len(killed) >= SECONDS / 4
+    assert enough()
     assert site.ask("SELECT count(*) FROM perdure_runs WHERE ended_at IS NULL") == [(0,)]
     assert "Traceback" not in site.log()
 
@@ -140,12 +144,14 @@ async def test_a_stopped_worker_that_goes_on_changes_nothing_and_begins_a_new_li
     first = site.worker(lease=1)
     await site.serving(first)
     async with Client(site.url) as client:
-        handle = await client.options(id="stopped").start("long_step", 0.3)
+        handle = await client.options(id="stopped").start("held_step", str(site.folder / "release"))
         await until(lambda: site.ledger(step="long"), "the long step")
         first.send_signal(signal.SIGSTOP)
         stopped = time.monotonic()
         second = site.worker(lease=1)
-        assert await handle.result(timeout=20) == str(second.pid)
+        await until(lambda: site.ledger(step="long")[1:], "the step in the other worker")
+        (site.folder / "release").touch()
+        assert await handle.result(timeout=60) == str(second.pid)
         print(f"taken over from a stopped worker after {time.monotonic() - stopped:.2f} s, with a lease of 1 s")
         before = site.ask("SELECT run, seq, event FROM perdure_history ORDER BY run, seq")
 
@@ -155,7 +161,7 @@ async def test_a_stopped_worker_that_goes_on_changes_nothing_and_begins_a_new_li
         second.send_signal(signal.SIGTERM)
         second.wait()
         again = await client.start("long_step", 0.0)
-        assert await again.result(timeout=20) == str(first.pid)
+        assert await again.result(timeout=60) == str(first.pid)
     after = site.ask("SELECT run, seq, event FROM perdure_history ORDER BY run, seq")
     assert after[: len(before)] == before
     assert site.ask("SELECT count(*) FROM perdure_workers") == [(3,)]
@@ -167,11 +173,12 @@ async def test_the_commit_of_a_worker_that_was_taken_for_dead_changes_nothing(si
     first = site.worker(lease=1, heartless=True)
     await site.serving(first)
     async with Client(site.url) as client:
-        handle = await client.options(id="late").start("long_step", 3.0)
+        handle = await client.options(id="late").start("held_step", str(site.folder / "release"))
         await until(lambda: site.ledger(step="long"), "the long step")
         second = site.worker(lease=1)
         await until(lambda: site.ledger(step="long")[1:], "the step in the other worker")
+        (site.folder / "release").touch()
         # It learns it from its next commit: the one that names the long step, or the step's own end.
         await until(lambda: "run late: its lease was lost" in site.log(), "the refusal of its commit")
-        assert await handle.result(timeout=20) == str(second.pid)
+        assert await handle.result(timeout=60) == str(second.pid)
     audit.check(site, killed=[first.pid], started=["late"], signalled=[])

@@ -44,7 +44,7 @@ def test_the_commands_show_what_the_readme_shows(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     outputs = done.stdout.split(f"{END}\n")

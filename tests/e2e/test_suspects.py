@@ -29,17 +29,19 @@ async def test_a_run_that_segfaults_three_workers_is_quarantined_while_others_go
         poison = await begun(site, client, "falls")
         await struck_twice(site)
         assert [process.returncode for process in site.processes] == [-signal.SIGSEGV] * 2
-        busy = await client.start("long_step", 4.0)
+        release = site.folder / "release"
+        busy = await client.start("held_step", str(release))
         worker = site.worker()
         await site.serving(worker)
         quick = 0
         while await poison.status() != "quarantined":
             run = await client.start("quick", quick)
-            assert await run.result(timeout=10) == quick + 2
+            assert await run.result(timeout=60) == quick + 2
             quick += 1
         # It was never idle, and took no pause for the run that it had not to touch.
         assert not site.ledger("end", step="long")
-        assert await busy.result(timeout=20) == str(worker.pid)
+        release.touch()
+        assert await busy.result(timeout=60) == str(worker.pid)
         assert "the last time executed alone" in await poison.why()
         assert worker.poll() is None
         pids = [line.pid for line in site.ledger(step="deadly")]
@@ -61,9 +63,9 @@ async def test_a_suspect_that_loops_for_ever_hurts_its_own_process_alone_which_e
         worker = site.worker(grace=0.2)
         await until(lambda: len(site.ledger(step="deadly", run=other.id)) == 3, "the other suspect's third try")
         await other.signal("go")
-        assert await other.result(timeout=20) == "survived"
+        assert await other.result(timeout=60) == "survived"
         run = await client.start("quick", 1)
-        assert await run.result(timeout=20) == 3
+        assert await run.result(timeout=60) == 3
         tries = await until(lambda: site.ledger(step="deadly", run=looping.id)[2:], "the looping one's third try")
         worker.kill()
         await ended(worker)
@@ -85,7 +87,7 @@ async def test_a_worker_that_is_asked_to_stop_lets_its_suspect_end_its_step(site
         assert await slow.status() == "ready"
         assert site.ask("SELECT strikes, owner FROM perdure_runs") == [(0, None)]
         next_one = site.worker()
-        assert await slow.result(timeout=20) == str(next_one.pid)
+        assert await slow.result(timeout=60) == str(next_one.pid)
     assert len(site.ledger(step="deadly")) == 3
 
 

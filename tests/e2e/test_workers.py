@@ -35,7 +35,7 @@ async def test_a_signal_from_elsewhere_reaches_the_worker_that_has_the_run(site:
         await until(lambda: len(site.ledger("end", step="before")) == 20, "the waits")
         await asyncio.gather(*(handle.signal("go") for handle in handles))
         for handle in handles:
-            assert int(await handle.result(timeout=20)) in {worker.pid for worker in workers}
+            assert int(await handle.result(timeout=60)) in {worker.pid for worker in workers}
 
 
 async def test_a_run_that_kills_its_worker_three_times_is_quarantined_and_the_others_go_on(site: Site) -> None:
@@ -52,11 +52,11 @@ async def test_a_run_that_kills_its_worker_three_times_is_quarantined_and_the_ot
             await until(lambda: site.ask("SELECT count(*) FROM perdure_workers") >= [(2,)], "the workers")
             mother = await client.options(id="mother").start("mother")
             others = [await client.start("long_step", 0.2) for _ in range(10)]
-            told = await mother.result(timeout=40)
+            told = await mother.result(timeout=60)
             assert told.startswith("ChildFailed: ")
             assert "quarantined" in told
             for other in others:
-                await other.result(timeout=40)
+                await other.result(timeout=60)
             child = client.handle("mother/child")
             assert await child.status() == "quarantined"
             assert "killed its worker 3 times" in await child.why()
@@ -84,10 +84,10 @@ async def test_a_run_with_two_strikes_that_makes_progress_no_longer_stops_its_wo
         assert await client.start("quick", 1) is not None
         # It waits for a signal now: the worker takes other work.
         other = await client.start("quick", 5)
-        assert await other.result(timeout=10) == 7
+        assert await other.result(timeout=60) == 7
         assert (await survivor.info()).status == "waiting"
         await survivor.signal("go")
-        assert await survivor.result(timeout=10) == "survived"
+        assert await survivor.result(timeout=60) == "survived"
 
 
 def _is_dead(process: subprocess.Popen[bytes]) -> bool:

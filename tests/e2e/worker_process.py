@@ -169,6 +169,21 @@ async def long_step(ctx: Context, seconds: float) -> str:
     return str(await ctx.step.run("long", long_effect, seconds))
 
 
+async def held_effect(until: str) -> str:
+    note("begin")
+    while not os.path.exists(until):
+        await asyncio.sleep(0.01)
+    note("end")
+    return str(os.getpid())
+
+
+@workflow
+async def held_step(ctx: Context, until: str) -> str:
+    """A long step that ends when the test says so: when this file is there."""
+    await ctx.step.run("first", effect, 1)
+    return str(await ctx.step.run("long", held_effect, until))
+
+
 @workflow
 async def two_signals(ctx: Context) -> str:
     await ctx.step.run("before", effect, 1)

@@ -12,7 +12,7 @@ from typing import Any
 
 from perdure import Engine, Event, Retry
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds after which what a test waits for is taken as never coming."""
 
 AT_ONCE = Retry(first_delay=0.001, jitter=False)

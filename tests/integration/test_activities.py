@@ -67,10 +67,10 @@ async def test_it_runs_on_its_own_queue_and_its_result_comes_back(tmp_path: Path
         assert 'activity "render"' in await handle.why()
         assert seen == []
         async with engine(tmp_path, activities=[render], queues=("gpu",)):
-            result = await handle.result(timeout=10)
+            result = await handle.result(timeout=60)
             assert result[0] == (3, "blue")
             assert seen == [("far", 1, result[1], "render")]
-            assert await (await here.start(paints_sync)).result(timeout=10) == [0, 1, 2]
+            assert await (await here.start(paints_sync)).result(timeout=60) == [0, 1, 2]
         assert kinds(await handle.history()) == ["started", "activity", "activity_ended", "ended"]
 
 
@@ -132,7 +132,7 @@ async def test_its_failures_are_tried_again_by_its_own_policy(tmp_path: Path) ->
 
     async with engine(tmp_path, uses, activities=[flaky, hopeless, final, declines, later]) as it:
         handle: RunHandle[Any] = await it.start(uses)
-        assert await handle.result(timeout=20) == [
+        assert await handle.result(timeout=60) == [
             *("done", 3, "KeyError", True, 1, "perdure.NonRetryable", 7, "later"),
         ]
     assert [attempt for name, attempt in calls if name == "flaky"] == [1, 2, 3]
@@ -161,7 +161,7 @@ async def test_a_wait_for_its_next_attempt_belongs_to_no_worker(tmp_path: Path) 
         assert "attempt 2 of 3" in why
         assert "not yet" in why
     async with engine(tmp_path, uses, activities=[flaky]) as second:
-        assert await second.handle("u").result(timeout=10) == "done"
+        assert await second.handle("u").result(timeout=60) == "done"
     assert calls == [1, 2]
 
 
@@ -197,7 +197,7 @@ async def test_its_timeouts(tmp_path: Path, style: str) -> None:
     async with engine(tmp_path, uses, activities=[once, total, both, nobody]) as it:
         try:
             handle: RunHandle[Any] = await it.start(uses)
-            assert await handle.result(timeout=10) == ["once", "total", "both", "nobody"]
+            assert await handle.result(timeout=60) == ["once", "total", "both", "nobody"]
         finally:
             release.set()
 
@@ -230,7 +230,7 @@ async def test_it_is_cancelled_with_its_run_and_given_up_by_its_code(tmp_path: P
         await until(lambda: began == ["given up", "cancelled"], "the second")
         await handle.cancel("enough")
         with pytest.raises(RunCancelled, match="enough"):
-            await handle.result(timeout=10)
+            await handle.result(timeout=60)
         await until(lambda: cancelled == ["given up", "cancelled"], "the second's cancellation")
         for step in ("given up", "cancelled"):
             await status_of(it.handle(f"u/{step}"), "cancelled")
@@ -252,7 +252,7 @@ async def test_one_that_was_never_claimed_is_cancelled_without_being_executed(tm
         await status_of(handle, "waiting")
         await handle.cancel()
         with pytest.raises(RunCancelled):
-            await handle.result(timeout=10)
+            await handle.result(timeout=60)
         async with engine(tmp_path, activities=[render], queues=("gpu",)):
             await status_of(here.handle("u/far"), "cancelled")
     assert calls == []
@@ -275,7 +275,7 @@ async def test_arguments_that_do_not_fit_fail_the_run_at_the_call(tmp_path: Path
 
     async with engine(tmp_path, uses, activities=[typed]) as it:
         handle: RunHandle[Any] = await it.start(uses)
-        assert await handle.result(timeout=10) == ["TypeError", "TypeError", "PayloadError"]
+        assert await handle.result(timeout=60) == ["TypeError", "TypeError", "PayloadError"]
     assert ask(tmp_path, "SELECT count(*) FROM perdure_runs") == [(1,)]
 
 
@@ -292,7 +292,7 @@ async def test_without_a_queue_it_runs_where_its_workflow_runs(tmp_path: Path) -
 
     async with engine(tmp_path, uses, activities=[local]) as it:
         handle: RunHandle[Any] = await it.start(uses)
-        await handle.result(timeout=10)
+        await handle.result(timeout=60)
         assert kinds(await handle.history()) == [
             *("started", "attempt_failed", "step_completed", "activity", "activity_ended", "ended"),
         ]
@@ -313,7 +313,7 @@ async def test_a_worker_that_is_killed_in_the_middle_of_one_costs_one_more_execu
             await site.serving(second)
             killed(first)
             at = time.monotonic()
-            assert await handle.result(timeout=20) == str(second.pid)
+            assert await handle.result(timeout=60) == str(second.pid)
             print(f"an activity of a killed worker was done by another after {time.monotonic() - at:.2f} s")
         lines = site.ledger(step="far")
         assert [line.pid for line in lines] == [first.pid, second.pid]
@@ -338,7 +338,7 @@ async def test_an_activity_that_kills_its_workers_is_quarantined_and_its_run_is_
     try:
         async with engine(tmp_path, worker_process.uses_deadly_remote, queues=("default",)) as it:
             handle: RunHandle[Any] = await it.start(worker_process.uses_deadly_remote)
-            told = await handle.result(timeout=40)
+            told = await handle.result(timeout=60)
             assert "killed its worker 3 times" in told
     finally:
         keeper.cancel()

@@ -94,13 +94,13 @@ async def test_the_reason_arrives_at_the_wait_and_cleanup_runs(
             await handle.cancel("changed my mind")
             await handle.cancel("again")
             with pytest.raises(RunCancelled, match="changed my mind"):
-                await handle.result(timeout=10)
+                await handle.result(timeout=60)
     if restarted:
         async with engine(tmp_path, each) as it:
             handle = it.handle("w")
             await handle.cancel("changed my mind")
             with pytest.raises(RunCancelled, match="changed my mind"):
-                await handle.result(timeout=10)
+                await handle.result(timeout=60)
             assert await handle.status() == "cancelled"
     assert ledger.lines == ["changed my mind", "more"]
 
@@ -125,7 +125,7 @@ async def test_a_second_cancel_does_not_interrupt_cleanup(tmp_path: Path, ledger
         assert 'asked to cancel ("first")' in await handle.why()
         await handle.signal("cleaned")
         with pytest.raises(RunCancelled, match="first"):
-            await handle.result(timeout=10)
+            await handle.result(timeout=60)
     assert ledger.lines == ["cleaning", "cleaned"]
 
 
@@ -145,9 +145,9 @@ async def test_a_request_that_the_code_swallows_completes_the_run(tmp_path: Path
     async with engine(tmp_path, stubborn, raises) as it:
         handle: Any = await it.start(stubborn)
         await handle.cancel("x")
-        assert await handle.result(timeout=10) == "kept on: x"
+        assert await handle.result(timeout=60) == "kept on: x"
         with pytest.raises(RunFailed):
-            await (await it.start(raises)).result(timeout=10)
+            await (await it.start(raises)).result(timeout=60)
 
 
 async def test_steps_in_flight_are_given_up_and_their_late_results_change_nothing(
@@ -162,7 +162,7 @@ async def test_steps_in_flight_are_given_up_and_their_late_results_change_nothin
         await until(lambda: len(ledger.lines) == 2, "both steps")
         await handle.cancel()
         with pytest.raises(RunCancelled):
-            await handle.result(timeout=10)
+            await handle.result(timeout=60)
         await until(lambda: "endless cancelled" in ledger.lines, "the cancellation of the task")
         before = await handle.history()
         assert kinds(before).count("step_cancelled") == 2
@@ -188,7 +188,7 @@ async def test_a_sync_body_is_cancelled_while_its_step_runs_on_its_own_thread(tm
         await handle.cancel("now")
         try:
             with pytest.raises(RunCancelled, match="now"):
-                await handle.result(timeout=10)
+                await handle.result(timeout=60)
         finally:
             ledger.release.set()
     assert ledger.lines[:2] == ["blocking began", "now"]
@@ -210,7 +210,7 @@ async def test_a_wait_for_the_next_attempt_is_cancelled(tmp_path: Path) -> None:
         await until(lambda: calls, "the first attempt")
         await handle.cancel()
         with pytest.raises(RunCancelled):
-            await handle.result(timeout=10)
+            await handle.result(timeout=60)
         count = len(calls)
         await asyncio.sleep(0.05)
         assert len(calls) == count
@@ -229,7 +229,7 @@ async def test_a_cancel_before_the_first_turn_is_not_lost(tmp_path: Path, ledger
         await handle.cancel("early")
         async with engine(tmp_path, careful, queues=("later",)):
             with pytest.raises(RunCancelled, match="early"):
-                await handle.result(timeout=10)
+                await handle.result(timeout=60)
     assert ledger.lines == ["clean"]
 
 
@@ -256,7 +256,7 @@ async def test_one_step_is_given_up_and_the_run_goes_on(tmp_path: Path, ledger: 
         handle: Any = await it.start(chooses)
         await until(lambda: ledger.lines == ["endless began"], "the step")
         await handle.signal("go")
-        assert await handle.result(timeout=10) == ["True", "cancelled", "after", "timeout"]
+        assert await handle.result(timeout=60) == ["True", "cancelled", "after", "timeout"]
         await until(lambda: ledger.lines.count("endless cancelled") == 2, "both cancellations")
 
 
@@ -275,7 +275,7 @@ async def test_a_failed_cleanup_step_fails_the_run_with_its_own_error(tmp_path: 
         handle: Any = await it.start(careful)
         await handle.cancel()
         with pytest.raises(RunFailed, match="cannot clean") as raised:
-            await handle.result(timeout=10)
+            await handle.result(timeout=60)
         assert isinstance(raised.value, RunFailed)
         assert not isinstance(raised.value, StepFailed)
 
@@ -315,13 +315,13 @@ async def test_a_function_that_was_given_up_holds_none_of_the_threads(tmp_path: 
         shift = opened._core.shift
         assert shift is not None
         handles = [await opened.start(blocked) for _ in range(6)]
-        assert [await handle.result(timeout=20) for handle in handles] == ["after"] * 6
+        assert [await handle.result(timeout=60) for handle in handles] == ["after"] * 6
         assert ledger.lines.count("blocking began") == 6
         await until(lambda: shift.threads.busy == 0, "all threads")
         assert (shift.executor.in_threads, shift.executing) == (0, 0)
         ledger.release.set()
         await until(lambda: ledger.lines.count("blocking ended") == 6, "the functions' end")
-        assert await (await opened.start(blocked)).result(timeout=20) == "not given up"
+        assert await (await opened.start(blocked)).result(timeout=60) == "not given up"
         await until(lambda: shift.threads.busy == 0, "all threads again")
 
 
@@ -339,7 +339,7 @@ async def test_the_message_of_a_cancelled_task_arrives_at_its_step(
             return ["not cancelled"]
 
         task = asyncio.create_task(waits())
-        await ctx.step.sleep("a moment", 0.01)
+        await ctx.step.wait_signal("enough")
         task.cancel("enough of it")
         said = await task
         await ctx.step.wait_signal("go")
@@ -347,12 +347,13 @@ async def test_the_message_of_a_cancelled_task_arrives_at_its_step(
 
     async with engine(tmp_path, w) as opened:
         handle = await opened.options(id="w").start(w)
-        await status_of(handle, "waiting")
+        await until(lambda: "endless began" in ledger.lines, "the step")
+        await handle.signal("enough")
         await until(lambda: "endless cancelled" in ledger.lines, "the cancellation")
         if not restarted:
             await handle.signal("go")
-            assert await handle.result(timeout=20) == ["enough of it"]
+            assert await handle.result(timeout=60) == ["enough of it"]
     if restarted:
         async with engine(tmp_path, w) as opened:
             await opened.handle("w").signal("go")
-            assert await opened.handle("w").result(timeout=20) == ["enough of it"]
+            assert await opened.handle("w").result(timeout=60) == ["enough of it"]

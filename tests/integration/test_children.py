@@ -64,7 +64,7 @@ async def test_children_in_all_three_styles(tmp_path: Path) -> None:
     async with engine(tmp_path, in_async, in_sync, in_generator, double) as it:
         for each, result in ((in_async, [2, 4, 6]), (in_sync, [0, 2, 4, 6]), (in_generator, [2, 4, 6])):
             handle = await it.options(id=each.name).start(each)
-            assert await handle.result(timeout=10) == result
+            assert await handle.result(timeout=60) == result
         child = await it.handle("in_async/c").info()
         assert (child.parent, child.workflow, child.status) == ("in_async", "double", "completed")
         assert len((await it.list_runs(parent="in_async")).items) == 3
@@ -80,7 +80,7 @@ async def test_a_childs_id_comes_from_its_parent_and_is_always_an_id(tmp_path: P
 
     async with engine(tmp_path, nests) as it:
         handle = await it.options(id="top").start(nests, 4)
-        assert await handle.result(timeout=10) == "chosen"
+        assert await handle.result(timeout=60) == "chosen"
         ids = [id for (id,) in ask(tmp_path, "SELECT id FROM perdure_runs ORDER BY key")]
         assert ids[:2] == ["top", "top/" + "a" * 100]
         assert all(len(id) <= 255 for id in ids)
@@ -90,7 +90,7 @@ async def test_a_childs_id_comes_from_its_parent_and_is_always_an_id(tmp_path: P
     other.mkdir()
     async with engine(other, nests) as it:
         handle = await it.options(id="top").start(nests, 4)
-        await handle.result(timeout=10)
+        await handle.result(timeout=60)
     assert ids == [id for (id,) in ask(other, "SELECT id FROM perdure_runs ORDER BY key")]
 
 
@@ -109,13 +109,13 @@ async def test_a_child_whose_id_is_taken_fails_its_step_and_leaves_the_other_run
         await it.options(id="p/taken").start(waiting)
         await it.options(id="p/emitted").start(waiting)
         handle = await it.options(id="p").start(parent)
-        assert await handle.result(timeout=10) == ["RunExists p/taken", "p/emitted"]
+        assert await handle.result(timeout=60) == ["RunExists p/taken", "p/emitted"]
         for taken in ("p/taken", "p/emitted"):
             other = it.handle(taken)
             assert (await other.info()).parent is None
             assert await other.status() == "waiting"
             await other.signal("go", 1)
-            assert await other.result(timeout=10) == 1
+            assert await other.result(timeout=60) == 1
 
 
 async def test_how_a_child_ended_is_known_to_its_parent(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ async def test_how_a_child_ended_is_known_to_its_parent(tmp_path: Path) -> None:
         await it.handle("p/cancelled").cancel("by hand")
         await until(lambda: ask(tmp_path, "SELECT 1 FROM perdure_runs WHERE id = 'p/terminated'"), "the third child")
         await it.handle("p/terminated").terminate()
-        result = await handle.result(timeout=10)
+        result = await handle.result(timeout=60)
         assert [tuple(each)[:2] for each in result] == [
             ("failed", "p/failed"),
             ("cancelled", "p/cancelled"),
@@ -149,9 +149,9 @@ async def test_how_a_child_ended_is_known_to_its_parent(tmp_path: Path) -> None:
             ("timed_out", "p/late"),
         ]
         with pytest.raises(RunFailed):
-            await it.handle("p/failed").result(timeout=5)
+            await it.handle("p/failed").result(timeout=60)
         with pytest.raises(RunTimedOut):
-            await it.handle("p/late").result(timeout=5)
+            await it.handle("p/late").result(timeout=60)
 
 
 async def test_a_cancel_reaches_children_and_theirs_with_its_reason(tmp_path: Path) -> None:
@@ -180,10 +180,10 @@ async def test_a_cancel_reaches_children_and_theirs_with_its_reason(tmp_path: Pa
             await until(lambda id=leaf_id: ask(tmp_path, "SELECT 1 FROM perdure_runs WHERE id = ?", id), leaf_id)  # type: ignore[misc]
         await handle.cancel("the shop is closed")
         with pytest.raises(RunCancelled, match="the shop is closed"):
-            await handle.result(timeout=10)
+            await handle.result(timeout=60)
         for child in ("t/middle", "t/middle/x", "t/middle/y"):
             with pytest.raises(RunCancelled, match="the shop is closed"):
-                await it.handle(child).result(timeout=10)
+                await it.handle(child).result(timeout=60)
     assert reasons == ["the shop is closed"] * 2
 
 
@@ -219,17 +219,17 @@ async def test_at_the_end_of_a_parent_its_children_end_or_go_on_as_was_said(tmp_
             "times out": RunTimedOut,
         }[end]
         if expected is None:
-            assert await handle.result(timeout=10) == "done"
+            assert await handle.result(timeout=60) == "done"
         else:
             with pytest.raises(expected):
-                await handle.result(timeout=10)
+                await handle.result(timeout=60)
         for step in ("awaited", "tied"):
             with pytest.raises(RunCancelled):
-                await it.handle(f"p/{step}").result(timeout=10)
+                await it.handle(f"p/{step}").result(timeout=60)
         for step in ("abandoned", "emitted"):
             child = it.handle(f"p/{step}")
             await child.signal("go", 7)
-            assert await child.result(timeout=10) == 7
+            assert await child.result(timeout=60) == 7
 
 
 async def test_an_emitted_child_is_started_once_and_tells_nobody(tmp_path: Path) -> None:
@@ -242,11 +242,11 @@ async def test_an_emitted_child_is_started_once_and_tells_nobody(tmp_path: Path)
     async with engine(tmp_path, parent, double) as first:
         handle = await first.options(id="p").start(parent)
         await until(lambda: ask(tmp_path, "SELECT 1 FROM perdure_runs WHERE id = 'p/child'"), "the child")
-        assert await first.handle("p/child").result(timeout=10) == 8
+        assert await first.handle("p/child").result(timeout=60) == 8
         await status_of(handle, "waiting")
     async with engine(tmp_path, parent, double) as second:
         await second.handle("p").signal("go")
-        assert await second.handle("p").result(timeout=10) == "p/child"
+        assert await second.handle("p").result(timeout=60) == "p/child"
         assert kinds(await second.handle("p").history()) == [
             *("started", "child", "signal_wait", "signal", "signal_taken", "ended"),
         ]
@@ -267,7 +267,7 @@ async def test_a_child_of_a_workflow_nobody_serves_waits_and_says_so(tmp_path: P
         await status_of(handle, "waiting")
         assert "nobody has ever announced" in await it.handle("p/child").why()
         async with engine(tmp_path, elsewhere):
-            assert await handle.result(timeout=10) == "1 red"
+            assert await handle.result(timeout=60) == "1 red"
 
 
 async def test_children_survive_a_restart_of_everything(tmp_path: Path) -> None:
@@ -281,9 +281,9 @@ async def test_children_survive_a_restart_of_everything(tmp_path: Path) -> None:
     async with engine(tmp_path, waiting) as second:
         for n in range(5):
             await second.handle(f"p/c{n}").signal("go", n)
-            assert await second.handle(f"p/c{n}").result(timeout=10) == n
+            assert await second.handle(f"p/c{n}").result(timeout=60) == n
     async with engine(tmp_path, parent, waiting) as third:
-        assert await third.handle("p").result(timeout=10) == [0, 1, 2, 3, 4]
+        assert await third.handle("p").result(timeout=60) == [0, 1, 2, 3, 4]
 
 
 async def test_the_idempotency_key_of_a_child_is_taken_for_seven_days(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ async def test_the_idempotency_key_of_a_child_is_taken_for_seven_days(tmp_path: 
         return await ctx.step.options(idempotency_key="once").run_workflow("child", double, 2)
 
     async with engine(tmp_path, parent, double) as running:
-        assert await (await running.start(parent)).result(timeout=10) == 4
+        assert await (await running.start(parent)).result(timeout=60) == 4
     columns = [name for _, name, *_ in ask(tmp_path, "PRAGMA table_info(perdure_idempotency)")]
     (row,) = (dict(zip(columns, row, strict=True)) for row in ask(tmp_path, "SELECT * FROM perdure_idempotency"))
     (started,) = ask(tmp_path, "SELECT created_at FROM perdure_runs WHERE key = ?", row["run"])
@@ -316,7 +316,7 @@ async def test_a_child_by_name_gets_the_queue_and_the_timeout_that_its_workers_a
         engine(tmp_path, parent, queues=["default"]) as opened,
     ):
         handle = await opened.options(id="p").start(parent)
-        assert await handle.result(timeout=20) == [2, 3]
+        assert await handle.result(timeout=60) == [2, 3]
     rows = ask(tmp_path, "SELECT id, queue, deadline_at - created_at FROM perdure_runs WHERE id LIKE 'p/%' ORDER BY id")
     assert [(id, queue, round(length / 1e6)) for id, queue, length in rows] == [
         ("p/other", "slow", 5),

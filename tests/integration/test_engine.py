@@ -62,11 +62,12 @@ async def test_more_runs_than_a_worker_has_room_for_follow_each_other_without_a_
             await client.options(id=f"d{n}").start(double, n)
     async with engine(tmp_path, double, concurrency=1) as second:
         at = time.monotonic()
-        results = [await second.handle(f"d{n}").result(timeout=20) for n in range(60)]
+        results = [await second.handle(f"d{n}").result(timeout=60) for n in range(60)]
         took = time.monotonic() - at
     assert results == [n * 2 for n in range(60)]
     print(f"60 runs, four at a time: {took * 1000:.0f} ms")
-    assert took < 5
+    # Found by hints: by the safety poll alone it would take 15 s.
+    assert took < 12
 
 
 async def test_an_open_client_serves_many_first_calls_at_once(tmp_path: Path) -> None:
@@ -74,7 +75,7 @@ async def test_an_open_client_serves_many_first_calls_at_once(tmp_path: Path) ->
         client = Client(url_of(tmp_path))
         try:
             handles: list[RunHandle[Any]] = await asyncio.gather(*(client.start(double, n) for n in range(20)))
-            assert [await handle.result(timeout=20) for handle in handles] == [n * 2 for n in range(20)]
+            assert [await handle.result(timeout=60) for handle in handles] == [n * 2 for n in range(20)]
         finally:
             await client.close()
 
@@ -111,14 +112,14 @@ async def test_a_run_that_is_terminated_leaves_memory_and_tells_who_waits(tmp_pa
     async with engine(tmp_path, waiting) as here, Client(url_of(tmp_path)) as elsewhere:
         own: RunHandle[Any] = await here.start(waiting)
         await status_of(own, "waiting")
-        result = asyncio.ensure_future(own.result(timeout=20))
+        result = asyncio.ensure_future(own.result(timeout=60))
         await own.terminate("by the engine itself")
         with pytest.raises(RunTerminated, match="by the engine itself"):
             await result
 
         other: RunHandle[Any] = await here.start(waiting)
         await status_of(other, "waiting")
-        result = asyncio.ensure_future(other.result(timeout=20))
+        result = asyncio.ensure_future(other.result(timeout=60))
         await elsewhere.handle(other.id).terminate("by somebody else")
         with pytest.raises(RunTerminated, match="by somebody else"):
             await result
@@ -140,7 +141,7 @@ async def test_a_run_timeout_ends_it_without_its_code_and_tells_who_waits(tmp_pa
     async with engine(tmp_path, slow) as it:
         handle: RunHandle[Any] = await it.start(slow)
         with pytest.raises(RunTimedOut):
-            await handle.result(timeout=10)
+            await handle.result(timeout=60)
         assert await handle.status() == "timed_out"
         assert kinds(await handle.history())[-1] == "ended"
 
@@ -208,7 +209,7 @@ async def test_a_run_that_waits_for_its_next_attempt_is_parked_and_survives_a_re
     assert ask(tmp_path, "SELECT status, owner, due_at FROM perdure_runs") == [("waiting", None, due)]
     assert attempts == [1]
     async with engine(tmp_path, patient) as second:
-        assert await second.handle("p").result(timeout=20) == "done"
+        assert await second.handle("p").result(timeout=60) == "done"
         history = await second.handle("p").history()
     assert attempts == [1, 2]
     assert kinds(history) == ["started", "attempt_failed", "step_completed", "ended"]
@@ -252,7 +253,7 @@ async def test_what_a_step_raised_is_kept_and_shown_and_caught_by_its_type(tmp_p
 
     async with engine(tmp_path, catching) as it:
         handle: RunHandle[Any] = await it.start(catching)
-        result = await handle.result(timeout=20)
+        result = await handle.result(timeout=60)
         assert result == ["ValueError", 3, "KeyError", True, 7, "declined with 7", False]
         history = await handle.history()
     failed = [event for event in history if event.step == "fails"]
@@ -277,7 +278,7 @@ async def test_an_error_that_leaves_the_workflow_reaches_the_caller_with_its_cha
     async with engine(tmp_path, failing) as it:
         handle: RunHandle[Any] = await it.start(failing)
         with pytest.raises(RunFailed, match="cannot be shipped") as raised:
-            await handle.result(timeout=20)
+            await handle.result(timeout=60)
         cause = raised.value.cause
         assert cause.type == "RuntimeError"
         assert cause.cause.type == "LookupError"
@@ -321,7 +322,7 @@ async def test_non_retryable_and_retry_after_are_obeyed(tmp_path: Path) -> None:
 
     async with engine(tmp_path, obedient) as it:
         handle: RunHandle[Any] = await it.start(obedient)
-        assert await handle.result(timeout=20) == "done"
+        assert await handle.result(timeout=60) == "done"
     assert {name: len(times) for name, times in calls.items()} == {"final": 1, "later": 2, "given up": 1, "judged": 1}
     assert calls["later"][1] - calls["later"][0] >= 0.3
 
@@ -359,7 +360,7 @@ async def test_timeouts_of_a_step(tmp_path: Path, style: str) -> None:
     async with engine(tmp_path, limited) as it:
         handle: RunHandle[Any] = await it.start(limited)
         try:
-            assert await handle.result(timeout=20) == ["attempts", "total", "both"]
+            assert await handle.result(timeout=60) == ["attempts", "total", "both"]
             history = await handle.history()
         finally:
             release.set()
@@ -386,7 +387,7 @@ async def test_a_total_timeout_counts_across_a_restart(tmp_path: Path) -> None:
         await first.options(id="t").start(limited)
         await until(lambda: ask(tmp_path, "SELECT 1 FROM perdure_history WHERE seq = 2"), "the first attempt")
     async with engine(tmp_path, limited) as second:
-        assert await second.handle("t").result(timeout=20) == "ValueError"
+        assert await second.handle("t").result(timeout=60) == "ValueError"
         history = await second.handle("t").history()
     took = history[-2].at - history[0].at
     assert took.total_seconds() < 5
@@ -421,7 +422,7 @@ async def test_except_exception_does_not_swallow_suspension(tmp_path: Path) -> N
     async with engine(tmp_path, greedy, greedy_sync, resident=0) as second:
         for name in ("greedy", "greedy_sync"):
             await second.handle(name).signal("go")
-            assert await second.handle(name).result(timeout=20) == "went on"
+            assert await second.handle(name).result(timeout=60) == "went on"
     assert swallowed == []
 
 
@@ -446,7 +447,7 @@ async def test_code_that_never_rests_delays_its_process_by_at_most_the_limit(
                 at = time.monotonic()
                 bad: RunHandle[Any] = await it.start(each)
                 await until(lambda: "has not rested" in caplog.text, "the warning")
-            assert await (await it.start(double, 4)).result(timeout=20) == 8
+            assert await (await it.start(double, 4)).result(timeout=60) == 8
             took = time.monotonic() - at
             print(f"{each.name}: the other run went on after {took * 1000:.0f} ms")
             assert took < 4
@@ -488,9 +489,9 @@ async def test_an_error_in_one_run_is_no_trouble_for_the_others(tmp_path: Path) 
         for each in (leaves, leaves_sync):
             handle: RunHandle[Any] = await it.start(each)
             with pytest.raises(RunFailed, match="SystemExit"):
-                await handle.result(timeout=10)
-        assert await (await it.start(step_leaves)).result(timeout=10) == "both caught"
-        assert await (await it.start(double, 4)).result(timeout=10) == 8
+                await handle.result(timeout=60)
+        assert await (await it.start(step_leaves)).result(timeout=60) == "both caught"
+        assert await (await it.start(double, 4)).result(timeout=60) == 8
 
 
 async def test_a_history_that_cannot_be_read_harms_only_its_run(tmp_path: Path) -> None:
@@ -509,9 +510,9 @@ async def test_a_history_that_cannot_be_read_harms_only_its_run(tmp_path: Path) 
         for n in range(3):
             await client.handle(f"w{n}").signal("go", n)
     async with engine(tmp_path, waiting, double) as second:
-        assert await second.handle("w0").result(timeout=10) == 0
-        assert await second.handle("w2").result(timeout=10) == 2
-        assert await (await second.start(double, 4)).result(timeout=10) == 8
+        assert await second.handle("w0").result(timeout=60) == 0
+        assert await second.handle("w2").result(timeout=60) == 2
+        assert await (await second.start(double, 4)).result(timeout=60) == 8
         await status_of(second.handle("w1"), "blocked")
         assert "from_the_future" in await second.handle("w1").why()
 
@@ -558,7 +559,7 @@ async def test_a_signal_that_was_kept_is_kept_also_when_reading_fails(tmp_path: 
         store.failing = frozenset({"mail"})
         await handle.signal("go", 1)
         store.failing = frozenset()
-        assert await handle.result(timeout=20) == 1
+        assert await handle.result(timeout=60) == 1
     store.close()
 
 
@@ -592,11 +593,11 @@ async def test_trouble_with_the_store_is_told_to_callers_and_outlived_by_runs(tm
             await again
         await asyncio.sleep(1.5)
         store.failing = frozenset()
-        assert await handle.result(timeout=20) == 5
+        assert await handle.result(timeout=60) == 5
         assert len(calls) <= 2
         later = await it.start(works)
         await later.signal("go")
-        assert await later.result(timeout=20) == 5
+        assert await later.result(timeout=60) == 5
     store.close()
 
 
@@ -634,7 +635,7 @@ async def test_a_step_that_a_leaving_worker_was_about_to_begin_is_begun_by_anoth
         shift.drain()
         store.free.set()
         async with engine(tmp_path, works) as second:
-            assert await second.handle(handle.id).result(timeout=10) == 5
+            assert await second.handle(handle.id).result(timeout=60) == 5
     store.close()
 
 
@@ -653,7 +654,7 @@ async def test_a_run_that_may_only_be_executed_alone_is_made_way_for_under_stead
         with sqlite3.connect(path) as db:
             db.execute("UPDATE perdure_runs SET strikes = 2")
         db.close()
-        done = asyncio.ensure_future(suspect.result(timeout=30))
+        done = asyncio.ensure_future(suspect.result(timeout=60))
         while not done.done():
             await it.start(brief)
             await asyncio.sleep(0.02)
@@ -705,4 +706,4 @@ async def test_a_workflow_is_no_function_of_a_step(tmp_path: Path) -> None:
 
     async with engine(tmp_path, confused) as it:
         with pytest.raises(RunFailed, match="run_workflow"):
-            await (await it.start(confused)).result(timeout=20)
+            await (await it.start(confused)).result(timeout=60)

@@ -37,7 +37,11 @@ def store(path: Path) -> Iterator[SQLiteStore]:
     store.close()
 
 
-def waited(store: SQLiteStore, timeout: float = 5.0) -> tuple[bool, float]:
+LONG = 10.0
+"""Seconds that a wait takes if nothing ends it: one that is ended takes less, however busy the machine is."""
+
+
+def waited(store: SQLiteStore, timeout: float = LONG) -> tuple[bool, float]:
     before = time.monotonic()
     return store.wait("w", ["default"], timeout), time.monotonic() - before
 
@@ -52,7 +56,7 @@ def test_nothing_to_do_is_waited_for_as_long_as_was_said(store: SQLiteStore) -> 
     store.wait("w", ["default"], 0)
     heard, seconds = waited(store, 0.3)
     assert not heard
-    assert 0.3 <= seconds < 0.5
+    assert 0.3 <= seconds < 3
 
 
 def test_a_start_in_this_process_ends_the_wait_at_once(store: SQLiteStore) -> None:
@@ -61,7 +65,7 @@ def test_a_start_in_this_process_ends_the_wait_at_once(store: SQLiteStore) -> No
     heard, seconds = waited(store)
     timer.join()
     assert heard
-    assert seconds < 0.3
+    assert seconds < LONG / 2
 
 
 def test_a_start_in_another_store_of_this_process_does_too(store: SQLiteStore, path: Path) -> None:
@@ -72,7 +76,7 @@ def test_a_start_in_another_store_of_this_process_does_too(store: SQLiteStore, p
     timer.join()
     second.close()
     assert heard
-    assert seconds < 0.3
+    assert seconds < LONG / 2
 
 
 def test_a_start_in_another_process_ends_the_wait_soon(store: SQLiteStore, path: Path) -> None:
@@ -86,7 +90,7 @@ def test_a_start_in_another_process_ends_the_wait_soon(store: SQLiteStore, path:
     heard, seconds = waited(store)
     closed(other)
     assert heard
-    assert seconds < 1
+    assert seconds < LONG / 2
     assert len(claiming(store)) == 1
 
 
@@ -129,7 +133,7 @@ store.write(Batch(sends=[Send(to=int(sys.argv[2]), id="m", kind="signal")]))
     heard, seconds = waited(store)
     closed(other)
     assert heard
-    assert seconds < 1
+    assert seconds < LONG / 2
     assert [message.id for message in store.mail("w")] == ["m"]
 
 

@@ -49,11 +49,11 @@ async def test_an_id_belongs_to_one_run(tmp_path: Path) -> None:
     async with engine(tmp_path, echo, other) as it:
         first = await it.options(id="one").start(echo, 1)
         assert first.id == "one"
-        assert await first.result(timeout=10) == 1
+        assert await first.result(timeout=60) == 1
         before = contents(tmp_path)
         # The same again is the same run, also when it has ended.
         again = await it.options(id="one").start(echo, 1)
-        assert await again.result(timeout=10) == 1
+        assert await again.result(timeout=60) == 1
         with pytest.raises(IdempotencyConflict) as raised:
             await it.options(id="one").start(echo, 2)
         assert "input" in str(raised.value)
@@ -63,7 +63,7 @@ async def test_an_id_belongs_to_one_run(tmp_path: Path) -> None:
             await it.options(id="one", if_exists="fail").start(echo, 1)
         assert contents(tmp_path) == before
     async with Client(url_of(tmp_path)) as client:
-        assert await (await client.options(id="one").start("echo", 1)).result(timeout=10) == 1
+        assert await (await client.options(id="one").start("echo", 1)).result(timeout=60) == 1
 
 
 async def test_an_idempotency_key_belongs_to_a_workflow_and_gives_one_run(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ async def test_many_starts_with_one_key_from_several_processes_make_one_run(tmp_
         for out, _ in await asyncio.gather(*said):
             ids |= set(out.split())
         assert len(ids) == 1
-        assert await handles[0].result(timeout=10) == 5
+        assert await handles[0].result(timeout=60) == 5
     assert ask(tmp_path, "SELECT count(*) FROM perdure_runs") == [(2,)]
     assert [process.returncode for process in processes] == [0, 0, 0]
 
@@ -121,10 +121,10 @@ async def test_a_run_starts_at_its_time_and_not_before(tmp_path: Path) -> None:
         past = await it.options(at=datetime(2000, 1, 1, tzinfo=timezone.utc)).start(echo, 3)
         assert await delayed.status() == "scheduled"
         assert "starts at" in await delayed.why()
-        assert await past.result(timeout=10) == 3
-        assert await delayed.result(timeout=10) == 1
+        assert await past.result(timeout=60) == 3
+        assert await delayed.result(timeout=60) == 1
         assert 0.3 <= time.monotonic() - at < 3
-        assert await dated.result(timeout=10) == 2
+        assert await dated.result(timeout=60) == 2
         started = (await dated.history())[0].at
         assert started is not None
         assert when <= started < when + timedelta(seconds=2)
@@ -135,18 +135,18 @@ async def test_a_run_starts_at_its_time_and_not_before(tmp_path: Path) -> None:
         far = await it.options(delay=timedelta(days=300)).start(waiting)
         await far.cancel("not needed")
         with pytest.raises(RunCancelled, match="not needed"):
-            await far.result(timeout=10)
+            await far.result(timeout=60)
         again = await it.options(delay=timedelta(days=300)).start(waiting)
         await again.terminate("away")
         with pytest.raises(RunTerminated, match="away"):
-            await again.result(timeout=10)
+            await again.result(timeout=60)
 
 
 async def test_a_start_for_later_survives_its_process(tmp_path: Path) -> None:
     async with engine(tmp_path, echo) as first:
         handle = await first.options(delay=0.5).start(echo, 1)
     async with engine(tmp_path, echo) as second:
-        assert await second.handle(handle.id).result(timeout=10) == 1
+        assert await second.handle(handle.id).result(timeout=60) == 1
 
 
 async def test_a_run_that_takes_too_long_times_out_even_without_a_worker(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ async def test_a_run_that_takes_too_long_times_out_even_without_a_worker(tmp_pat
         by_name: RunHandle[Any] = await it.start("limited")
         for handle in (own, given, by_name):
             with pytest.raises(RunTimedOut):
-                await handle.result(timeout=10)
+                await handle.result(timeout=60)
             assert await handle.status() == "timed_out"
             assert kinds(await handle.history())[-1] == "ended"
             with pytest.raises(RunFinished):
@@ -170,13 +170,13 @@ async def test_a_run_that_takes_too_long_times_out_even_without_a_worker(tmp_pat
             assert await handle.status() == "timed_out"
         nobody = await it.options(timeout=0.3, queue="nobody").start(waiting)
         with pytest.raises(RunTimedOut):
-            await nobody.result(timeout=10)
+            await nobody.result(timeout=60)
 
 
 async def test_a_timeout_counts_from_the_start_time(tmp_path: Path) -> None:
     async with engine(tmp_path, echo) as it:
         handle = await it.options(delay=0.8, timeout=0.7).start(echo, 1)
-        assert await handle.result(timeout=10) == 1
+        assert await handle.result(timeout=60) == 1
 
 
 async def test_ends_are_one_for_everybody(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ async def test_ends_are_one_for_everybody(tmp_path: Path) -> None:
             handle = await it.options(id=f"r{n}").start(races)
             there = elsewhere.handle(f"r{n}")
             await status_of(handle, "waiting")
-            results = [asyncio.ensure_future(h.result(timeout=10)) for h in (handle, there)]
+            results = [asyncio.ensure_future(h.result(timeout=60)) for h in (handle, there)]
             verbs = [handle.signal("go"), there.cancel("c"), there.terminate("t"), handle.terminate("u")]
             await asyncio.gather(*verbs, return_exceptions=True)
             ends = await asyncio.gather(*results, return_exceptions=True)
@@ -211,13 +211,13 @@ async def test_result_says_what_it_waits_for_and_the_run_goes_on(tmp_path: Path)
         with pytest.raises(TimeoutError, match='for signal "go"'):
             await handle.result(timeout=0.05)
         await handle.signal("go", 1)
-        assert await handle.result(timeout=10) == 1
+        assert await handle.result(timeout=60) == 1
 
 
 async def test_the_result_of_an_ended_run_is_there_at_once(tmp_path: Path) -> None:
     async with engine(tmp_path, echo) as it:
         run = await it.start(echo, 1)
-        assert await run.result(timeout=10) == 1
+        assert await run.result(timeout=60) == 1
     async with Client(url_of(tmp_path)) as client:
         assert await client.handle(run.id).result(timeout=0) == 1
 
@@ -234,7 +234,7 @@ async def test_signals_are_kept_in_order_and_once_by_their_id(tmp_path: Path) ->
         await handle.signal("go", "a", message_id="m1")
         await handle.signal("go")
         await handle.signal("go", 1, 2)
-        assert await handle.result(timeout=10) == ["a", None, [1, 2]]
+        assert await handle.result(timeout=60) == ["a", None, [1, 2]]
         with pytest.raises(RunFinished):
             await handle.signal("go")
 
@@ -242,7 +242,7 @@ async def test_signals_are_kept_in_order_and_once_by_their_id(tmp_path: Path) ->
 async def test_lists_and_counts(tmp_path: Path) -> None:
     async with engine(tmp_path, echo, waiting) as it:
         for n in range(5):
-            await (await it.options(id=f"e{n}").start(echo, n)).result(timeout=10)
+            await (await it.options(id=f"e{n}").start(echo, n)).result(timeout=60)
         for n in range(3):
             await status_of(await it.options(id=f"w{n}").start(waiting), "waiting")
         assert await it.counts() == {"completed": 5, "waiting": 3}
@@ -270,4 +270,4 @@ async def test_a_start_by_name_keeps_the_workflows_own_timeout(tmp_path: Path) -
     async with Engine(url, workflows=[limited]), Client(url) as client:
         run = await client.start("limited")
         with pytest.raises(RunTimedOut):
-            await run.result(timeout=20)
+            await run.result(timeout=60)

@@ -64,7 +64,7 @@ def test_what_is_served_is_named_by_module_and_variable() -> None:
     named = {"module": __name__, "file": __file__}
     assert told["workflows"] == [{**named, "variable": "harmless"}, {**named, "variable": None}]
     assert told["activities"] == [{**named, "variable": "far"}]
-    assert (told["store"], told["grace"], told["name"]) == ("sqlite:///x.db", 7, "w (alone)")
+    assert (told["store"], told["grace"], told["name"]) == ("sqlite:///x.db", 7, "w")
     assert json.loads(json.dumps(told)) == told
 
 
@@ -84,28 +84,31 @@ async def test_a_worker_that_can_have_no_child_takes_the_suspect_itself(caplog: 
     worker = Worker(store, workflows=[harmless])
     serving = asyncio.create_task(worker.run())
     async with Client(store) as client:
-        assert await client.handle("suspect").result(timeout=20) == 42
+        assert await client.handle("suspect").result(timeout=60) == 42
     await worker.stop()
     await serving
     assert "cannot have a process of their own: nobody else can open its store" in caplog.text
 
 
-async def test_a_suspect_that_is_harmless_goes_on_with_its_worker(tmp_path: Path) -> None:
+async def test_suspects_that_are_harmless_go_on_and_share_a_process_one_after_the_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store = SQLiteStore(tmp_path / "runs.db")
-    await struck(store)
+    for n in range(12):
+        await struck(store, f"suspect-{n}")
     worker = Worker(url_of(tmp_path), workflows=[harmless])
     serving = asyncio.create_task(worker.run())
     async with Client(store) as client:
-        assert await client.handle("suspect").result(timeout=20) == 42
-        info = await client.handle("suspect").info()
-        assert info.status == "completed"
-        # Nobody needs the child any more, and nobody has to stop it.
+        for n in range(12):
+            assert await client.handle(f"suspect-{n}").result(timeout=60) == 42
+        # Nobody needs a process any more, and nobody has to stop it.
         suspects = worker._core._suspects
         assert suspects is not None
-        await until(lambda: not suspects.children, "the end of the child")
+        await until(lambda: not suspects.children, "the end of the last child")
     await worker.stop()
     await serving
     store.close()
+    assert 1 <= caplog.text.count("is to be executed alone") < 6
 
 
 class FakeChild:
@@ -114,8 +117,13 @@ class FakeChild:
     def __init__(self, code: int | None, incarnation: str | None = None) -> None:
         self.code = code
         self.incarnation = incarnation
+        self.has_one = incarnation is not None
         self.asked = self.closed = False
-        self.process = types.SimpleNamespace(pid=1)
+        self.since = 0.0
+        self.process = types.SimpleNamespace(pid=1, kill=self.killed, wait=lambda: None)
+
+    def killed(self) -> None:
+        self.code = -9
 
     def ask_to_stop(self) -> None:
         self.asked = True
@@ -156,7 +164,7 @@ async def test_one_child_is_started_at_a_time_and_a_few_at_once() -> None:
     assert [story.suspects.step() for _ in range(3)] == [1, 0, 0]
     started = 1
     for child in children[:8]:
-        child.incarnation = "taken"
+        child.incarnation, child.has_one = "taken", True
         started += story.suspects.step()
     assert started == len(story.suspects.children) == 4
 
@@ -174,6 +182,19 @@ async def test_children_that_come_to_nothing_are_started_ever_more_rarely_and_th
     assert started == [0, 2, 5]
     assert story.shift.settings.suspects == "here"
     assert caplog.text.count("cannot have a process of their own") == 1
+
+
+async def test_a_child_that_never_takes_a_run_is_ended_and_another_tried() -> None:
+    hanging = FakeChild(None)
+    story = Story([hanging, FakeChild(None)])
+    await struck(story.store)
+    assert story.suspects.step() == 1
+    story.now = 59
+    assert (story.suspects.step(), hanging.code) == (0, None)
+    story.now = 61
+    assert (story.suspects.step(), hanging.code) == (0, -9)
+    story.now = 63
+    assert story.suspects.step() == 1
 
 
 async def test_a_child_that_cannot_serve_is_not_tried_again() -> None:
@@ -206,7 +227,7 @@ def test_a_child_that_dies_before_it_listens_is_noticed(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "executable", "/bin/false")
     child = Child(b"x" * 100_000 + b"\n")
     child.process.wait(20)
-    assert (child.code, child.incarnation) == (1, None)
+    assert (child.code, child.has_one, child.incarnation) == (1, False, None)
     child.close()
 
 
@@ -233,7 +254,7 @@ async def test_a_script_that_serves_when_it_is_imported_still_has_its_suspects_e
     )
     try:
         async with Client(store) as client:
-            assert await client.handle("suspect").result(timeout=30) == 42
+            assert await client.handle("suspect").result(timeout=60) == 42
     finally:
         process.terminate()
     said = process.communicate(timeout=20)[1]

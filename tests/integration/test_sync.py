@@ -20,7 +20,7 @@ async def double(ctx: Context, value: int) -> int:
 def test_what_was_closed_says_so(tmp_path: Path) -> None:
     with sync.Engine(url_of(tmp_path), workflows=[double]) as it:
         run = it.start(double, 1)
-        assert run.result(timeout=10) == 2
+        assert run.result(timeout=60) == 2
     it.close()
     for ask in (lambda: it.start(double, 2), run.result, run.info, it.counts):
         with pytest.raises(RuntimeError, match="was closed"):
@@ -46,4 +46,4 @@ def test_a_forked_child_is_refused_and_does_not_hang(tmp_path: Path) -> None:
         finally:
             child.kill()
             child.join()
-        assert it.start(double, 4).result(timeout=10) == 8
+        assert it.start(double, 4).result(timeout=60) == 8

@@ -586,11 +586,11 @@ async def test_a_worker_that_dies_behind_the_commit_repeats_nothing(folder: Path
     class Dies(SQLiteStore):
         dead = False
 
-        def write(self, batch: Any) -> Any:
+        def _written(self, batch: Any, *, at_once: bool) -> Any:
             if self.dead or any(turn.version >= 1 for turn in batch.turns):
                 self.dead = True
                 raise StoreUnavailable("dead")
-            return super().write(batch)
+            return super()._written(batch, at_once=at_once)
 
     @workflow
     async def child(ctx: Context) -> str:
@@ -620,6 +620,7 @@ async def test_a_worker_that_dies_behind_the_commit_repeats_nothing(folder: Path
     assert effects(folder) == ["paid"]
     assert kinds(history)[1:] == ["step_completed", "patched", "child", "step_cancelled", "ended"]
     await abandoned(first)
+    store.close()
 
 
 async def abandoned(dead: Engine) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from perdure.runtime.registry import Workflow
+from perdure.stores.contract import Store
+from perdure.stores.postgres import PostgresStore
 from perdure.stores.sqlite.store import SQLiteStore
 from perdure.testing import sim
 from perdure.testing.sim import flows
@@ -21,6 +23,7 @@ from perdure.testing.sim.mirror import Mirrored
 from perdure.testing.sim.planted import PLANTED, planted
 from perdure.testing.sim.store import FAULTS
 from perdure.testing.sim.world import POWERS, Config
+from tests import servers
 
 pytestmark = [
     # Universes end in the middle of things: coroutines that nobody awaits any more.
@@ -121,14 +124,32 @@ def test_the_same_tape_gives_the_same_histories_on_sqlite(block: int, tmp_path: 
         def beside(clock: Callable[[], int], path: Path = tmp_path / f"{seed}.db") -> SQLiteStore:
             return SQLiteStore(path, clock=clock, durability="normal", hints=False)
 
-        report = sim.run(seed, beside=beside)
-        store = report.world.store
-        assert isinstance(store, Mirrored)
-        store.close()
-        assert report.violation is None, f"seed {seed}: {report.violation}"
-        assert sim.run(seed).trace_hash == report.trace_hash, "the store beside has changed the universe"
-        compared += store.compared
+        compared += compared_beside(seed, beside)
     print(f"{compared} answers, rows and histories compared")
+
+
+def test_the_same_tape_gives_the_same_histories_on_postgresql() -> None:
+    database = servers.needed()
+    compared = 0
+    for seed in range(30):
+        with servers.schema(database) as schema:
+
+            def beside(clock: Callable[[], int], schema: str = schema) -> PostgresStore:
+                return PostgresStore(database.url, schema=schema, clock=clock, hints=False)
+
+            compared += compared_beside(seed, beside)
+    print(f"{compared} answers, rows and histories compared")
+
+
+def compared_beside(seed: int, beside: Callable[[Callable[[], int]], Store]) -> int:
+    """Play a tape with a store beside the one in memory: how often the two were compared, and were alike."""
+    report = sim.run(seed, beside=beside)
+    store = report.world.store
+    assert isinstance(store, Mirrored)
+    store.close()
+    assert report.violation is None, f"seed {seed}: {report.violation}"
+    assert sim.run(seed).trace_hash == report.trace_hash, "the store beside has changed the universe"
+    return store.compared
 
 
 def test_a_store_that_answers_otherwise_is_found(tmp_path: Path) -> None:

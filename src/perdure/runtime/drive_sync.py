@@ -27,6 +27,7 @@ class BodyThreads:
     def __init__(self, limit: int = 32) -> None:
         self.limit = limit
         self.busy = 0
+        self.lost = 0
         self._idle: list[_BodyThread] = []
         self._lock = threading.Lock()
 
@@ -34,6 +35,11 @@ class BodyThreads:
     def short(self) -> bool:
         """Whether all threads are taken, so that waiting bodies should give theirs back."""
         return self.busy >= self.limit
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether no thread is at anything, not even one that was given up."""
+        return self.busy == 0 and self.lost == 0
 
     def run(self, job: Callable[[], None]) -> _BodyThread:
         """Run the job in a thread at once: in this one."""
@@ -50,6 +56,7 @@ class BodyThreads:
         with self._lock:
             thread.job = None
             if thread.lost:
+                self.lost -= 1
                 return False
             self.busy -= 1
             if len(self._idle) >= self.limit:
@@ -62,6 +69,7 @@ class BodyThreads:
         with self._lock:
             if thread.job is job and not thread.lost:
                 thread.lost = True
+                self.lost += 1
                 self.busy -= 1
 
     def regain(self, thread: _BodyThread, job: Callable[[], None]) -> None:
@@ -69,6 +77,7 @@ class BodyThreads:
         with self._lock:
             if thread.job is job and thread.lost:
                 thread.lost = False
+                self.lost -= 1
                 self.busy += 1
 
 

@@ -163,6 +163,9 @@ class Store(Protocol):
     def mail(self, incarnation: str) -> list[Mail]:
         """Unread mail of all the runs this incarnation owns, by run and position."""
 
+    def mail_is_likely(self, incarnation: str) -> bool:
+        """For who has just claimed: whether a look at `mail` is worth its while, as far as the claim has seen."""
+
     def mailbox(self, run: Key) -> list[Mail]:
         """Unread mail of one run, in order."""
 

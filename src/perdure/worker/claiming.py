@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -46,8 +48,9 @@ class Watcher:
         self.store.wait(shift.incarnation, shift.settings.queues, 0 if self._more else timeout)
         if shift.closed:
             return 0
-        mail = self.store.mail(shift.incarnation) if shift.residents or shift.activities else []
         heads = self._claim()
+        owns = shift.residents or shift.activities
+        mail = self.store.mail(shift.incarnation) if owns and self.store.mail_is_likely(shift.incarnation) else []
         if heads or mail:
             shift._soon(shift.received, heads, mail)
         while self._unreadable:
@@ -119,6 +122,12 @@ class Watcher:
             shift.makes_way = self.store.suspects(claim)
 
 
+LISTEN: Final = 0.25
+"""Seconds after which a thread that rests asks again how long."""
+AT_WORK: Final = 0.5
+"""Seconds between two rounds at most, while runs are at work here: so others may be at work too, and may die."""
+
+
 class Housekeeper:
     """Hands dead workers' runs back, ends runs that are out of time, names steps that run long."""
 
@@ -128,6 +137,12 @@ class Housekeeper:
         self._place = 0
         self._account_at = shift.monotonic() + shift.settings.lease
         self._strays: dict[int, tuple[int, int]] = {}
+
+    def pause(self) -> float:
+        """Seconds until the next round."""
+        shift = self.shift
+        at_work = shift.executing or len(shift.residents) > len(shift.parked)
+        return min(shift.settings.lease / 3, self.store.rounds, AT_WORK if at_work else math.inf)
 
     def step(self) -> int:
         """One round; how many runs it moved."""
@@ -209,7 +224,7 @@ class Housekeeper:
 class Serving:
     """A thread that calls a step again and again until it is stopped; trouble with the store slows it down.
 
-    pause: how many seconds to wait after each.
+    pause: how many seconds to wait after each; asked again while it waits.
     """
 
     def __init__(self, name: str, step: Callable[[], Any], *, pause: Callable[[], float] | None = None) -> None:
@@ -227,6 +242,15 @@ class Serving:
         """Wait for its end."""
         self._thread.join(timeout)
 
+    def _rest(self, pause: Callable[[], float]) -> None:
+        """Wait as long as `pause` says, and listen whether it says otherwise now."""
+        began = time.monotonic()
+        while not self._stop.is_set():
+            left = began + pause() - time.monotonic()
+            if left <= 0:
+                return
+            self._stop.wait(min(left, LISTEN))
+
     def _serve(self) -> None:
         failures = 0
         while not self._stop.is_set():
@@ -234,7 +258,7 @@ class Serving:
                 self._step()
                 failures = 0
                 if self._pause is not None:
-                    self._stop.wait(self._pause())
+                    self._rest(self._pause)
             except PerdureError as error:
                 if self._stop.is_set():
                     return

@@ -28,8 +28,15 @@ def clock_with_suspend() -> float:
     return time.monotonic()
 
 
+HANGS: Final = 2
+"""Times the TTL for which a loop may not answer before its worker counts as hung."""
+
+
 class Heartbeat:
-    """Says again and again that an incarnation lives. `step` is one beat; a thread of its own calls it."""
+    """Says again and again that an incarnation lives. `step` is one beat; a thread of its own calls it.
+
+    ask_loop: has the worker's loop call something soon; while it owes that for too long, there is no beat.
+    """
 
     def __init__(
         self,
@@ -39,6 +46,7 @@ class Heartbeat:
         ttl: float,
         dead: Callable[[], None],
         clock: Callable[[], float] = clock_with_suspend,
+        ask_loop: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
         self.store = store
         self.incarnation = incarnation
@@ -47,6 +55,8 @@ class Heartbeat:
         self._dead = dead
         self._clock = clock
         self._confirmed = clock()
+        self._ask_loop = ask_loop
+        self._asked_at: float | None = None  # since when the loop owes an answer
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -55,8 +65,24 @@ class Heartbeat:
         """Whether a step may be begun: the lease was confirmed recently enough."""
         return not self.is_dead and self._clock() - self._confirmed < self.ttl * (1 - MARGIN)
 
+    @property
+    def hangs(self) -> bool:
+        """Whether the loop, without which nothing of this worker moves, has not answered for so long."""
+        return self._asked_at is not None and self._clock() - self._asked_at > HANGS * self.ttl
+
     def step(self) -> None:
         """One beat; tells `dead` if the incarnation has been reaped."""
+        if self.hangs:
+            # A heart that goes on beating would keep this worker's runs from those who could go on with them.
+            log.error(
+                "this worker's loop has not answered for %.0f s: something on it does not return, perhaps a blocking "
+                "call in an async step. Its runs go to others until it does. Make that function a plain one.",
+                self._clock() - (self._asked_at or 0.0),
+            )
+            return
+        if self._ask_loop is not None and self._asked_at is None:
+            self._asked_at = self._clock()
+            self._ask_loop(self._answered)
         asked = self._clock()
         try:
             lease = self.store.heartbeat(self.incarnation)
@@ -74,6 +100,10 @@ class Heartbeat:
         else:
             # Counted from before the question: the answer may have been slow.
             self._confirmed = asked
+
+    def _answered(self) -> None:
+        """Called by the loop."""
+        self._asked_at = None
 
     def start(self) -> None:
         """Beat from a thread, three times in a TTL."""

@@ -58,6 +58,8 @@ KEY_LASTS: Final = 7 * 86_400_000_000
 """Microseconds for which the idempotency key of a child is taken, as long as that of a start."""
 KNOWN_FOR: Final = 10.0
 """Seconds for which an announcement is believed: a deploy may have changed it."""
+LOOK_AGAIN: Final = 5.0
+"""Seconds after which the store's clock is asked again whether a timer has come: ours does not count what it slept."""
 UNWIND_AFTER: Final = 1.0
 """Seconds after which a sync body that waits gives its thread back."""
 
@@ -192,6 +194,7 @@ class Shift:
             ttl=self.settings.lease,
             dead=lambda: self._soon(self.died),
             clock=self.monotonic if self.monotonic is not time.monotonic else _default_clock,
+            ask_loop=self._soon,
         )
 
     def died(self) -> None:
@@ -548,8 +551,8 @@ class Shift:
         if self._timer is not None:
             self._timer.cancel()
         self._timer_for = at
-        # A day at most: a clock that is put right meanwhile is looked at again.
-        delay = min(max(at - self.now(), 0) / 1_000_000, 86_400)
+        # A few seconds at most: a clock that jumps meanwhile, or a machine that slept, is noticed then.
+        delay = min(max(at - self.now(), 0) / 1_000_000, LOOK_AGAIN)
         self._timer = self.loop.call_later(delay, self.wake_due)
 
     def look_at_clock(self) -> None:

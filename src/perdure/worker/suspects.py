@@ -2,8 +2,9 @@
 
 `Suspects` is the worker's half: its `step` asks the store whether such a run waits, starts a child for it, and looks
 after the children. The other half, what a child does, is `perdure/solitary.py`. They are joined by a socket, which
-is the child's stdin: down it goes one line that says what to serve and where; up comes `took` with the child's
-incarnation, once it has its run; and its end tells the child that the worker is gone.
+is the child's stdin: down it goes one line that says what to serve and where; up come `took` with the child's
+incarnation when it has a run, and `free` when that has left in peace; and its end tells the child that the worker is
+gone.
 
 A child can only serve what it can import, by the names of modules and of variables in them. Where that cannot be
 (a workflow made inside a function, a store in memory), or children that were tried came to nothing, the worker goes
@@ -37,8 +38,12 @@ SIDE_BY_SIDE: Final = 4
 MOST_FAILURES: Final = 3
 """So many children in a row that ended without taking a run: then this process takes suspects itself."""
 FIRST_BACK_OFF: Final = 1.0
+TAKES_WITHIN: Final = 60.0
+"""Seconds after which a child that has no run is ended: nobody can say what it waits for."""
 TOOK: Final = "took"
-"""The first word of what a child says once it has its run; the second is its incarnation."""
+"""The first word of what a child says once it has a run; the second is its incarnation."""
+FREE: Final = "free"
+"""What it says when it has none any more, and looks for another."""
 UNFIT: Final = 75
 """Exit code of a child that cannot serve what it was told to."""
 
@@ -71,7 +76,7 @@ def instructions(
         "lease": settings.lease,
         "grace": grace,
         "limits": asdict(settings.limits),
-        "name": f"{settings.name} (alone)",
+        "name": settings.name,
         "log": root.level if root.handlers else None,
     }
 
@@ -111,10 +116,12 @@ def _named(given: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 class Child:
-    """One process for one suspect. line: its instructions."""
+    """One process for one suspect at a time. line: its instructions."""
 
     def __init__(self, line: bytes) -> None:
         self.asked = False
+        self.incarnation: str | None = None
+        self.since = time.monotonic()
         self._heard = b""
         self.socket, theirs = socket.socketpair()
         try:
@@ -135,15 +142,18 @@ class Child:
         self.socket.setblocking(False)
 
     @property
-    def incarnation(self) -> str | None:
-        """Under which it has taken its run; None as long as it has none."""
+    def has_one(self) -> bool:
+        """Whether it has a run, as far as it has said; `incarnation` is then under which."""
         try:
-            while more := self.socket.recv(256):
+            while more := self.socket.recv(4096):
                 self._heard += more
         except OSError:
             pass  # nothing more now, or it is gone
-        word, _, rest = self._heard.decode().partition(" ")
-        return rest.strip() if word == TOOK and rest.endswith("\n") else None
+        said = self._heard.decode().split("\n")[:-1]
+        for line in said:
+            if line.startswith(TOOK):
+                self.incarnation = line.split(" ")[1]
+        return bool(said) and said[-1] != FREE
 
     @property
     def code(self) -> int | None:
@@ -196,8 +206,8 @@ class Suspects:
             return 0
         if len(self.children) >= SIDE_BY_SIDE or self._monotonic() < self._not_before:
             return 0
-        if any(child.incarnation is None for child in self.children):
-            return 0  # The suspect that is seen now may be the one it is about to take.
+        if not all(child.has_one for child in self.children):
+            return 0  # The suspect that is seen now may be the one that it is about to take.
         if not self.store.suspects(self._wanted()):
             return 0
         try:
@@ -227,26 +237,31 @@ class Suspects:
         """End the children that are left, at once: their runs go back first, so that this is no strike."""
         while self.children:
             child = self.children.pop()
-            incarnation = child.incarnation
-            if child.code is None and incarnation is not None:
+            if child.code is None and child.has_one and child.incarnation is not None:
                 try:
-                    self.store.retire(incarnation)
+                    self.store.retire(child.incarnation)
                 except PerdureError as error:
                     log.warning("the run of process %d was not handed back: %s", child.process.pid, error)
             child.close()
 
     def _mind(self) -> None:
-        """Take leave of children that have ended."""
+        """Take leave of children that have ended, and end those that came to nothing."""
+        for child in self.children:
+            never = not child.has_one and child.incarnation is None
+            if never and child.code is None and self._monotonic() - child.since > TAKES_WITHIN:
+                log.warning("process %d has no run after %g s, and is ended", child.process.pid, TAKES_WITHIN)
+                child.process.kill()
+                child.process.wait()
         for child in [child for child in self.children if child.code is not None]:
-            code, incarnation = child.code, child.incarnation
+            code, had_one = child.code, child.has_one
             assert code is not None
             self.children.remove(child)
             child.close()
-            if incarnation is None and code != 0:
+            if child.incarnation is None and code != 0:
                 self._failed(child, code)
                 continue
             self._failures = 0
-            if code != 0:
+            if code != 0 and had_one:
                 log.error("the run that was executed alone ended process %d (%s)", child.process.pid, _how(code))
                 # Its strike is counted now, and not only when somebody looks for the dead.
                 self.store.reap()

@@ -95,7 +95,7 @@ UPDATE perdure.mail AS mail SET calls = true WHERE mail.run = ANY($keys::int8[])
 
 -- name: due
 -- When the latest of what is due came due (0: at any time), and when the next timer comes: null where there is none.
--- And whether mail calls for a run that nobody owns.
+-- And whether mail calls for a run that nobody owns, and for one that this incarnation owns.
 SELECT
     max((
         SELECT run.due_at FROM perdure.runs AS run
@@ -112,6 +112,10 @@ SELECT
     EXISTS (
         SELECT 1 FROM perdure.mail AS mail JOIN perdure.runs AS run ON run.key = mail.run
         WHERE mail.calls AND run.owner IS NULL
+    ),
+    EXISTS (
+        SELECT 1 FROM perdure.mail AS mail JOIN perdure.runs AS run ON run.key = mail.run
+        WHERE mail.calls AND run.owner IS NOT DISTINCT FROM $incarnation::text
     )
 FROM unnest($queues::text[]) AS queue (name)
 CROSS JOIN unnest($names::text[], $kinds::text[]) AS served (name, kind);

@@ -42,7 +42,13 @@ SETTINGS: Final[Mapping[str, str]] = {
     "default_transaction_isolation": "read committed",
     "lock_timeout": "10s",
     "statement_timeout": "60s",
-    "idle_in_transaction_session_timeout": "60s",
+    # Our transactions are a few statements long. One that stands still belongs to a process that is stopped, and what
+    # it has locked nobody else can take over.
+    "idle_in_transaction_session_timeout": "5s",
+    # The server's side of the same: a machine that is gone without a word gives its locks back.
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "2",
+    "tcp_keepalives_count": "3",
 }
 """Of every session of ours; behind a pooler of every transaction that writes."""
 

@@ -64,6 +64,8 @@ class Listener:
         """The server's process that serves this connection, while there is one: others' notifications arrive then."""
         self.lost_at: float | None = None
         """When the connection was lost last, by `time.monotonic`."""
+        self.first = threading.Event()
+        """Set when it has been connected once."""
         self._wake_in, self._wake_out = os.pipe()
         os.set_blocking(self._wake_out, False)
         os.set_blocking(self._wake_in, False)
@@ -101,6 +103,7 @@ class Listener:
                     db.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._channel)))
                     self._own = self.backend = db.info.backend_pid
                     self._connected()
+                    self.first.set()
                     pause = 0.05
                     # What came while nobody listened.
                     self._bell.ring()

@@ -60,7 +60,9 @@ FOREVER: Final = 2**63 - 1
 GONE_FOR: Final = 0.4  # seconds for which a connection must be missing until its worker is taken for dead
 UNRENEWED: Final = 700_000  # microseconds since its last beat
 DISTRUST: Final = 10.0  # seconds after the loss of our own connection in which others' are no hint
-ALERT, CALM = 0.2, 2.0  # seconds between rounds of housekeeping: others are at work, or nobody is
+FIRST_CONNECTION: Final = 2.0
+"""Seconds that an announcement waits for the connection that stands for its worker."""
+ALERT, CALM = 0.2, 4.0  # seconds between rounds of housekeeping: others are at work, or nobody is
 
 STATUSES: Final = [status.value for status in Status]
 _ROW: Final = Row.__struct_fields__
@@ -137,6 +139,7 @@ class PostgresStore:
         self._worked = 0.0  # when we last saw work
         self._woken = 0
         self._heard: dict[str, _Heard] = {}
+        self._mail_here: dict[str, bool] = {}  # whether an incarnation's last claim has seen mail for its runs
         self._timer: int | None = None  # the next one that a claim has seen
         self._overdue: tuple[bool, float] | None = None  # what a round has just seen
         self.rounds: float = CALM
@@ -255,7 +258,8 @@ class PostgresStore:
 
     def claim(self, claim: Claim) -> list[Head]:
         scope = _scope(claim.namespace, claim.queues, claim.workflows, claim.activities)
-        due, timer, calls = self._due(scope)
+        due, timer, calls, mail_here = self._due(scope, claim.incarnation)
+        self._mail_here[claim.incarnation] = mail_here
         self._timer = timer
         # Looked at first without a transaction: a claim that finds nothing costs nobody anything.
         if due is None and not calls:
@@ -292,6 +296,9 @@ class PostgresStore:
     def announce(self, announcement: Announcement) -> Lease:
         incarnation = announcement.incarnation
         self._listen()
+        if self._listener is not None:
+            # So that it is known by its connection from the start. Without one it is announced all the same.
+            self._listener.first.wait(FIRST_CONNECTION)
         with self._transaction() as ask:
             now = self._clock()
             served = [msgspec.to_builtins(one) for one in announcement.serves]
@@ -350,10 +357,12 @@ class PostgresStore:
     def reap(self, *, limit: int = 1000) -> Reaped:
         now = self._clock()
         own = list(self._own)
-        [(morgue, overdue, others, gone, beats)] = self._ask("patrol", now=now, own=own)
-        self._overdue = (overdue, time.monotonic())
+        [(morgue, deadline, struck, others, gone, beats)] = self._ask("patrol", now=now, own=own)
+        self._overdue = (struck or (deadline is not None and deadline <= now), time.monotonic())
         dead = self._surely_gone(dict(zip(gone, beats, strict=True)), now)
         self.rounds = ALERT / 2 if gone else ALERT if others else CALM
+        if deadline is not None:
+            self.rounds = min(self.rounds, max((deadline - now) / 1_000_000, ALERT))
         if not morgue and not dead:
             return Reaped()
         with self._transaction() as ask:
@@ -405,6 +414,9 @@ class PostgresStore:
 
     def mail(self, incarnation: str) -> list[Mail]:
         return [_mail(row) for row in self._ask("mail_of_owner", incarnation=incarnation)]
+
+    def mail_is_likely(self, incarnation: str) -> bool:
+        return self._mail_here.pop(incarnation, True)
 
     def mailbox(self, run: Key) -> list[Mail]:
         return [_mail(row) for row in self._ask("mail_of_runs", keys=[run])]
@@ -690,10 +702,10 @@ class PostgresStore:
             self._known_id = str(self._ask("id")[0][0])
         return self._known_id
 
-    def _due(self, scope: Mapping[str, Any]) -> tuple[int | None, int | None, bool]:
-        """When the latest of what is due came due, when the next timer comes, whether mail calls for somebody."""
-        due, timer, calls = self._ask("due", **scope, now=self._clock())[0]
-        return due, timer, calls
+    def _due(self, scope: Mapping[str, Any], incarnation: str) -> tuple[int | None, int | None, bool, bool]:
+        """When the latest of what is due came due, when the next timer comes; whether mail calls nobody, or us."""
+        due, timer, calls, mail_here = self._ask("due", **scope, incarnation=incarnation, now=self._clock())[0]
+        return due, timer, calls, mail_here
 
     def _workflows(self, namespace: str, workflow: str | None) -> list[str]:
         """The names that are looked at: one, or all that have runs."""

@@ -76,7 +76,18 @@ class Session:
     def __init__(self, db: psycopg.Connection[Any], *, pooled: bool) -> None:
         self.db: Final = db
         self.pipe: Final = Pipe(db.pgconn, keeps_statements=not pooled)
-        self.used = False
+        self._cleaning = False
+
+    def clean(self) -> None:
+        """Have the server forget what a function has set up; `ready` waits for it, before the next step."""
+        self.pipe.send(CLEAN, ())
+        self._cleaning = True
+
+    def ready(self) -> None:
+        """Whoever uses it next finds it clean."""
+        if self._cleaning:
+            self._cleaning = False
+            self.pipe.collect()
 
 
 class StepTransaction:
@@ -211,9 +222,8 @@ class Steps:
         calls = [*outgoing.calls]
         if outgoing.calls:
             calls.append(self.call("pledge", run=turn.run))
-        first = [*CLEAN, BEGIN] if session.used else [BEGIN]
-        session.used = True
-        session.pipe.send(first, calls)
+        session.ready()
+        session.pipe.send([BEGIN], calls)
         outgoing.read(session.pipe.collect())
         if turn.run in outgoing.committed:
             return StepTransaction(self, session, turn)
@@ -241,6 +251,11 @@ class Steps:
 
     def give_back(self, session: Session, *, keep: bool) -> None:
         """A transaction has ended; one that was not committed takes its session with it."""
+        try:
+            if keep:
+                session.clean()
+        except psycopg.Error:
+            keep = False
         if keep:
             self._put(session)
         else:

@@ -19,10 +19,10 @@ WHERE worker.dead = 1 AND worker.dead_at < $now::int8 - 3600000000
     AND NOT EXISTS (SELECT 1 FROM perdure.runs AS run WHERE run.owner = worker.incarnation);
 
 -- name: patrol
--- What a round has to look after: whether a lease ran out or a dead worker still owns runs; whether a run is overdue;
--- whether others are at work; and which living incarnations' connections are not there any more, with their last
--- beats. A connection that we may not see has hidden columns, which is not the same as being gone. A server that
--- started after a connection did has ended it, and no worker.
+-- What a round has to look after: whether a lease ran out or a dead worker still owns runs; when the next run is out of
+-- time, and whether one has killed its workers; whether others are at work; and which living incarnations' connections
+-- are not there any more, with their last beats. A connection that we may not see has hidden columns, which is not the
+-- same as being gone. A server that started after a connection did has ended it, and no worker.
 SELECT
     EXISTS (
         SELECT 1 FROM perdure.workers AS worker WHERE worker.dead = 0 AND worker.beat_at + worker.ttl < $now::int8
@@ -30,9 +30,11 @@ SELECT
         SELECT 1 FROM perdure.workers AS worker JOIN perdure.runs AS run ON run.owner = worker.incarnation
         WHERE worker.dead = 1
     ),
+    (
+        SELECT run.deadline_at FROM perdure.runs AS run WHERE run.deadline_at IS NOT NULL AND run.ended_at IS NULL
+        ORDER BY run.deadline_at LIMIT 1
+    ),
     EXISTS (
-        SELECT 1 FROM perdure.runs AS run WHERE run.deadline_at <= $now::int8 AND run.ended_at IS NULL
-    ) OR EXISTS (
         SELECT 1 FROM perdure.runs AS run
         WHERE run.strikes >= 2 AND run.strikes >= 3 AND run.ended_at IS NULL AND run.owner IS NOT DISTINCT FROM NULL
             AND run.status <> 'quarantined'

@@ -327,6 +327,9 @@ class SQLiteStore:
         mail.sort(key=lambda message: (message.run, message.position))
         return mail
 
+    def mail_is_likely(self, incarnation: str) -> bool:
+        return True
+
     def mailbox(self, run: Key) -> list[Mail]:
         mail = _mail(self._ask("mail_of_runs", (f"[{run}]",))[0])
         mail.sort(key=lambda message: message.position)
@@ -520,7 +523,7 @@ class SQLiteStore:
     @contextmanager
     def _transaction(self, *, at_once: bool = False) -> Iterator[Connection]:
         """One write transaction: all of the block, or nothing of it. at_once: `StoreLocked` instead of waiting."""
-        with self._passage(0.0 if at_once else self._busy_timeout), ours(self.url):
+        with self._passage(0.0 if at_once else self._busy_timeout + self._steps.patience), ours(self.url):
             db = self._opened_writer()
             try:
                 if at_once:

@@ -117,6 +117,9 @@ class SimStore:
     def mail(self, incarnation: str) -> list[Mail]:
         return self._read("mail", lambda: list(self.world.visible(self.real.mail(incarnation))))
 
+    def mail_is_likely(self, incarnation: str) -> bool:
+        return self.real.mail_is_likely(incarnation)
+
     def mailbox(self, run: Key) -> list[Mail]:
         return self._read("mailbox", lambda: list(self.world.visible(self.real.mailbox(run))))
 

@@ -1,0 +1,153 @@
+"""Transaction steps and callers' transactions on a real PostgreSQL server, through the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+
+from perdure import Context, Engine, RunNotFound, StepFailed, sync, workflow
+from perdure.stores.opening import open_store
+from perdure.stores.postgres import PostgresStore
+from tests import servers
+from tests.integration.helpers import AT_ONCE, kinds, until
+
+calls: list[Any] = []
+
+
+@pytest.fixture(scope="module")
+def database() -> servers.Database:
+    return servers.needed()
+
+
+@pytest.fixture
+def url(database: servers.Database) -> Iterator[str]:
+    """A store's own schema, with a table of the user's own in it."""
+    calls.clear()
+    with servers.schema(database) as schema:
+        joined = "&" if "?" in database.url else "?"
+        yield f"{database.url}{joined}options=-csearch_path%3D{schema}&schema={schema}"
+
+
+@pytest.fixture
+def db(url: str) -> Iterator[psycopg.Connection[Any]]:
+    open_store(url).close()
+    with psycopg.connect(url.rpartition("&")[0]) as db:
+        db.execute("CREATE TABLE effects (what text NOT NULL, number int UNIQUE)")
+        db.commit()
+        yield db
+
+
+def effects(db: psycopg.Connection[Any]) -> list[str]:
+    found = [what for (what,) in db.execute("SELECT what FROM effects ORDER BY what").fetchall()]
+    db.commit()
+    return found
+
+
+def affect(db: psycopg.Connection[Any], what: str) -> str:
+    calls.append(what)
+    db.execute("INSERT INTO effects VALUES (%s)", (what,))
+    return what.upper()
+
+
+@workflow
+async def awaits(ctx: Context, what: str) -> str:
+    first = await ctx.step.transaction("first", affect, what)
+    return await ctx.step.transaction("second", affect, f"{first}!")
+
+
+@workflow
+def waits(ctx: sync.Context, what: str) -> str:
+    first = ctx.step.transaction("first", affect, what)
+    return ctx.step.transaction("second", affect, f"{first}!")
+
+
+@workflow
+def yields(ctx: Context, what: str) -> Any:
+    first = yield ctx.step.transaction("first", affect, what)
+    (second,) = yield [ctx.step.transaction("second", affect, f"{first}!")]
+    return second
+
+
+@pytest.mark.parametrize("style", [awaits, waits, yields])
+async def test_effect_and_record_in_all_three_styles(url: str, db: psycopg.Connection[Any], style: Any) -> None:
+    async with Engine(url, workflows=[style]) as here:
+        runs = [await here.start(style, "a") for _ in range(5)]
+        for run in runs:
+            assert await run.result(timeout=20) == "A!"
+        history = await runs[0].history()
+    assert effects(db) == ["A!"] * 5 + ["a"] * 5
+    assert kinds(history) == ["started", "step_completed", "step_completed", "ended"]
+
+
+def serialises_late(db: psycopg.Connection[Any]) -> str:
+    affect(db, "paid")
+    if len(calls) == 1:
+        raise psycopg.errors.SerializationFailure("could not serialise")
+    if len(calls) == 2:
+        raise ValueError("an ordinary failure")
+    return "done"
+
+
+def breaks_a_rule(db: psycopg.Connection[Any]) -> None:
+    affect(db, "paid")
+    db.execute("INSERT INTO effects VALUES ('x', 1), ('y', 1)")
+
+
+@workflow
+async def fails(ctx: Context, fn: str) -> Any:
+    try:
+        chosen: Any = {"late": serialises_late, "rule": breaks_a_rule}[fn]
+        return await ctx.step.options(retry=AT_ONCE).transaction("pay", chosen)
+    except StepFailed as error:
+        return error.type
+
+
+async def test_a_conflict_repeats_the_function_and_a_failure_the_attempt(url: str, db: psycopg.Connection[Any]) -> None:
+    async with Engine(url, workflows=[fails]) as here:
+        run = await here.start(fails, "late")
+        assert await run.result(timeout=20) == "done"
+        assert kinds(await run.history()) == ["started", "attempt_failed", "step_completed", "ended"]
+    assert (effects(db), len(calls)) == (["paid"], 3)
+
+
+async def test_a_step_that_fails_for_good_leaves_nothing(url: str, db: psycopg.Connection[Any]) -> None:
+    async with Engine(url, workflows=[fails]) as here:
+        assert "UniqueViolation" in await (await here.start(fails, "rule")).result(timeout=20)
+    assert effects(db) == []
+
+
+@workflow
+async def order(ctx: Context, number: int) -> str:
+    return f"{number} by {await ctx.step.wait_signal('by')}"
+
+
+async def test_starts_and_signals_are_part_of_the_callers_transaction(url: str, db: psycopg.Connection[Any]) -> None:
+    async with Engine(url, workflows=[order]) as here:
+
+        def handle_requests() -> None:
+            shop = here.sync
+            for number in (1, 2):
+                affect(db, str(number))
+                run = shop.options(connection=db, id=f"order-{number}").start(order, number)
+                run.signal("by", "Ann")
+                with pytest.raises(RunNotFound):
+                    shop.handle(f"order-{number}").status()
+                db.commit() if number == 1 else db.rollback()
+
+        await asyncio.to_thread(handle_requests)
+        assert await here.handle("order-1").result(timeout=20) == "1 by Ann"
+        with pytest.raises(RunNotFound):
+            await here.handle("order-2").status()
+        assert effects(db) == ["1"]
+
+
+async def test_a_store_object_does_the_same(url: str, db: psycopg.Connection[Any], database: servers.Database) -> None:
+    store = PostgresStore(url.rpartition("&")[0], schema=url.rpartition("=")[2])
+    async with Engine(store, workflows=[awaits]) as here:
+        run = await here.start(awaits, "a")
+        assert await until(lambda: run.result(timeout=20)) == "A!"
+    await asyncio.to_thread(store.close)
