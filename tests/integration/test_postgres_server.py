@@ -24,11 +24,11 @@ from perdure.core.errors import (
     StoreTooNew,
     StoreUnavailable,
 )
-from perdure.core.turn import Batch, Committed, Duplicate, Kept, Retention
+from perdure.core.turn import Batch, Committed, Duplicate, Fenced, Kept, Reaped, Retention
 from perdure.stores.opening import open_store
 from perdure.stores.postgres import PostgresStore, migrations
 from perdure.stores.postgres.pipe import Pipe
-from perdure.testing.conformance.story import EVENT, NAMESPACE, announce, held, row, sending, started
+from perdure.testing.conformance.story import EVENT, NAMESPACE, Clock, announce, held, row, sending, started
 from perdure.testing.conformance.story import signal as message
 from tests import servers
 
@@ -426,6 +426,18 @@ def test_a_worker_whose_connections_were_cut_is_not_taken_for_dead(
             assert store.reap().workers == 0
             time.sleep(0.05)
     assert holder.writes(holder.turn()) == Committed(run=holder.run)
+
+
+def test_a_new_connection_makes_no_lease_longer(opened: Open) -> None:
+    """The loop of its worker may hang, and then others shall have the runs."""
+    clock = Clock()
+    store = opened(clock=clock)
+    holder = held(store)
+    clock.advance(seconds=10)
+    store._stand_for()
+    clock.advance(seconds=6)
+    assert store.reap() == Reaped(workers=1, runs=1)
+    assert isinstance(holder.writes(holder.turn()), Fenced)
 
 
 # --- idle

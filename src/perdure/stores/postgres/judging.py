@@ -118,14 +118,20 @@ def judge_sends(ask: Ask, sends: Sequence[Send], kept: Mapping[int, Key]) -> lis
             id=[sends[place].id for place in places],
         )
     }
-    return [_send(sends[place], rows.get(place)) for place in places]
+    # One that this batch has kept was not there yet for those of the same id before it.
+    written = {(run, sends[place].id): place for place, run in kept.items()}
+    return [_send(sends[place], rows.get(place), place, written) for place in places]
 
 
-def _send(send: Send, row: Sequence[Any] | None) -> SendVerdict | None:
+def _send(
+    send: Send, row: Sequence[Any] | None, place: int, written: Mapping[tuple[Key, str], int]
+) -> SendVerdict | None:
     if row is None:
         return NotFound()
     run, status, is_there, unread = row
     if is_there:
+        if send.limit is not None and written.get((run, send.id), place) > place:
+            return MailboxFull(run=run, limit=send.limit)
         return Duplicate(run=run)
     if status is not None:
         return Finished(run=run, status=status)

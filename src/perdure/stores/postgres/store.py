@@ -131,7 +131,7 @@ class PostgresStore:
         self._beating = threading.Lock()
         self._heart: psycopg.Connection[Any] | None = None
         self._own: dict[str, int] = {}  # incarnations announced here, with what they may have heard
-        self._gone: dict[str, tuple[int, float]] = {}  # workers without connections: last beat, since when we see it
+        self._gone: dict[str, tuple[tuple[int, int], float]] = {}  # workers without connections, since when we see it
 
         self._bell = Bell()
         self._listener: Listener | None = None
@@ -336,7 +336,7 @@ class PostgresStore:
         self._own[incarnation] = 0
         if self._backend() != backend:
             # The listener connected meanwhile, and did not know of this incarnation: nobody would see it die.
-            self.heartbeat(incarnation)
+            self._stand_for()
         if due:
             self._ring()
         return Lease(now=now, until=now + announcement.ttl)
@@ -357,16 +357,23 @@ class PostgresStore:
     def reap(self, *, limit: int = 1000) -> Reaped:
         now = self._clock()
         own = list(self._own)
-        [(morgue, deadline, struck, others, gone, beats)] = self._ask("patrol", now=now, own=own)
+        [(morgue, deadline, struck, others, gone, beats, backends)] = self._ask("patrol", now=now, own=own)
         self._overdue = (struck or (deadline is not None and deadline <= now), time.monotonic())
-        dead = self._surely_gone(dict(zip(gone, beats, strict=True)), now)
+        seen = dict(zip(gone, zip(beats, backends, strict=True), strict=True))
+        dead = self._surely_gone(seen, now)
         self.rounds = ALERT / 2 if gone else ALERT if others else CALM
         if deadline is not None:
             self.rounds = min(self.rounds, max((deadline - now) / 1_000_000, ALERT))
         if not morgue and not dead:
             return Reaped()
         with self._transaction() as ask:
-            buried = ask("bury", now=now, gone=list(dead), beats=list(dead.values()))
+            buried = ask(
+                "bury",
+                now=now,
+                gone=list(dead),
+                beats=[beat for beat, _ in dead.values()],
+                backends=[backend for _, backend in dead.values()],
+            )
             runs = len(ask("hand_back_struck", number=limit))
             ask("close_graves", now=now)
         for (incarnation,) in buried:
@@ -375,20 +382,24 @@ class PostgresStore:
             self._ring()
         return Reaped(workers=len(buried), runs=runs)
 
-    def _surely_gone(self, missing: Mapping[str, int], now: int) -> dict[str, int]:
-        """Workers whose connections have been missing for a while, and who have not beaten meanwhile."""
+    def _surely_gone(self, missing: Mapping[str, tuple[int, int]], now: int) -> dict[str, tuple[int, int]]:
+        """Workers whose connections have been missing for a while, and who did not beat or connect meanwhile.
+
+        missing: last beat and connection of each.
+        """
         if not self._hints or not self._trusts():
             return {}
         seen = time.monotonic()
+        before = self._gone
         self._gone = {
-            name: (beat, self._gone[name][1] if self._gone.get(name, (0,))[0] == beat else seen)
-            for name, beat in missing.items()
+            name: (last, before[name][1] if name in before and before[name][0] == last else seen)
+            for name, last in missing.items()
             if name not in self._own
         }
         return {
-            name: beat
-            for name, (beat, since) in self._gone.items()
-            if seen - since >= GONE_FOR and now - beat >= UNRENEWED
+            name: last
+            for name, (last, since) in self._gone.items()
+            if seen - since >= GONE_FOR and now - last[0] >= UNRENEWED
         }
 
     def _trusts(self) -> bool:
@@ -653,7 +664,7 @@ class PostgresStore:
         """Begin to listen, where that is possible."""
         with self._readers:
             if self._listener is None and not self._closed and (self._direct is not None or not self._pooled):
-                self._listener = Listener(self._connect_direct, self._channel, self._bell, connected=self._renew)
+                self._listener = Listener(self._connect_direct, self._channel, self._bell, connected=self._stand_for)
 
     def _backend(self) -> int:
         """The server's process that others may know us by, or 0."""
@@ -661,10 +672,12 @@ class PostgresStore:
         backend = listener.backend if listener is not None and self._hints else None
         return backend or 0
 
-    def _renew(self) -> None:
+    def _stand_for(self) -> None:
         """A new connection stands for our incarnations: others must hear of it before they miss the old one."""
-        for incarnation in list(self._own):
-            self.heartbeat(incarnation)
+        with self._beating, ours(self.url):
+            own = list(self._own)
+            if own and not self._closed:
+                self._on_heart("stand_for", own=own, backend=self._backend())
 
     def _ring(self) -> None:
         """Somebody here or elsewhere may wait for what was just written."""

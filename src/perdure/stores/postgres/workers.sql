@@ -4,11 +4,14 @@ UPDATE perdure.workers SET dead = 1, dead_at = $now::int8 WHERE incarnation = $i
 RETURNING incarnation;
 
 -- name: bury
--- Make incarnations dead for ever: those whose lease ran out, and those of this list if they have not beaten since.
+-- Make incarnations dead for ever: those whose lease ran out, and those of this list if they have neither beaten nor
+-- connected anew since.
 UPDATE perdure.workers AS worker SET dead = 1, dead_at = $now::int8
 WHERE worker.dead = 0 AND (
     worker.beat_at + worker.ttl < $now::int8
-    OR (worker.incarnation, worker.beat_at) IN (SELECT * FROM unnest($gone::text[], $beats::int8[]))
+    OR (worker.incarnation, worker.beat_at, worker.backend) IN (
+        SELECT * FROM unnest($gone::text[], $beats::int8[], $backends::int4[])
+    )
 )
 RETURNING worker.incarnation;
 
@@ -43,9 +46,10 @@ SELECT
         SELECT 1 FROM perdure.workers AS worker JOIN perdure.runs AS run ON run.owner = worker.incarnation
         WHERE worker.dead = 0 AND worker.incarnation <> ALL($own::text[])
     ),
-    coalesce(array_agg(gone.incarnation), '{}'), coalesce(array_agg(gone.beat_at), '{}')
+    coalesce(array_agg(gone.incarnation), '{}'), coalesce(array_agg(gone.beat_at), '{}'),
+    coalesce(array_agg(gone.backend), '{}')
 FROM (
-    SELECT worker.incarnation, worker.beat_at FROM perdure.workers AS worker
+    SELECT worker.incarnation, worker.beat_at, worker.backend FROM perdure.workers AS worker
     WHERE worker.dead = 0 AND worker.backend IS NOT NULL AND worker.backend_start >= pg_postmaster_start_time()
         AND NOT EXISTS (
             SELECT 1 FROM pg_stat_get_activity(worker.backend) AS session
@@ -82,6 +86,14 @@ UPDATE perdure.workers AS worker SET
     backend_start = (SELECT session.backend_start FROM pg_stat_get_activity($backend::int4) AS session)
 WHERE worker.incarnation = $incarnation::text AND worker.dead = 0
 RETURNING worker.ttl, (extract(epoch FROM clock_timestamp()) * 1000000)::int8;
+
+-- name: stand_for
+-- A new connection stands for incarnations. That says nothing of their leases: a worker that hangs may have it too.
+UPDATE perdure.workers AS worker SET
+    backend = nullif($backend::int4, 0),
+    backend_start = (SELECT session.backend_start FROM pg_stat_get_activity($backend::int4) AS session)
+WHERE worker.incarnation = ANY($own::text[]) AND worker.dead = 0
+RETURNING worker.incarnation;
 
 -- name: serve
 -- Keep what was announced, the newest announcement of a name over older ones.
