@@ -49,10 +49,13 @@ class Watcher:
         if shift.closed:
             return 0
         heads = self._claim()
+        if heads:
+            # At once: a look for mail that fails must not lose them.
+            shift._soon(shift.received, heads, ())
         owns = shift.residents or shift.activities
         mail = self.store.mail(shift.incarnation) if owns and self.store.mail_is_likely(shift.incarnation) else []
-        if heads or mail:
-            shift._soon(shift.received, heads, mail)
+        if mail:
+            shift._soon(shift.received, (), mail)
         while self._unreadable:
             head, error = self._unreadable[-1]
             log.error("run %s cannot be read: %s", head.row.id, error)
