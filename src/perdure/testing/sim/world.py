@@ -31,7 +31,7 @@ from perdure.core.errors import (
 )
 from perdure.core.limits import Limits
 from perdure.core.status import Status
-from perdure.core.turn import Announcement, Batch, Mail, Send
+from perdure.core.turn import Batch, Mail, Send
 from perdure.runtime.registry import Registry, Workflow
 from perdure.stores.contract import Store
 from perdure.stores.memory import MemoryStore
@@ -150,12 +150,7 @@ class SimExecutor(Executor):
 
 
 class SimShift(Shift):
-    """A shift that waits for the functions it gives to a sync body's thread; its loop is not asked whether it hangs."""
-
-    def begin(self, announcement: Announcement) -> None:
-        super().begin(announcement)
-        assert self.heartbeat is not None
-        self.heartbeat._ask_loop = None
+    """A shift that waits for the functions it gives to a sync body's thread."""
 
     def _execute(self, *args: Any) -> None:
         executor: Any = self.executor
