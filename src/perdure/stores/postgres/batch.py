@@ -13,20 +13,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from perdure.core.status import ENDED, MOVES, Status
 from perdure.core.turn import Address, Batch, Key, Send, Start, Turn
 from perdure.stores.postgres.packing import PACK
 from perdure.stores.postgres.queries import Statement
 from perdure.stores.refused import child_refused
+from perdure.stores.verdicts import AT_WAKE, BEFORE, ENDS
 
 NONE: Final = -1
 """Stands for null where a number is packed, and for "nobody"."""
-
-BEFORE: Final = {after.value: " ".join(before.value for before in Status if after in MOVES[before]) for after in Status}
-"""For each status the words of those that may become it."""
-
-ENDS: Final = frozenset(status.value for status in ENDED)
-AT_WAKE: Final = frozenset({"scheduled", "running", "waiting", "blocked"})
 
 KEEPS_STRIKES, STRIKE, HEEDS_MAIL, IS_END, RELEASE = 1, 2, 4, 8, 16
 """Bits of a turn's flags, as `commit_turns` reads them."""

@@ -12,15 +12,12 @@ from typing import Any
 from perdure.core.turn import (
     Begun,
     Busy,
-    Committed,
     Conflict,
     Duplicate,
     Existing,
-    Fenced,
     Finished,
     Key,
     MailboxFull,
-    MoreMail,
     NotFound,
     Send,
     SendVerdict,
@@ -29,9 +26,9 @@ from perdure.core.turn import (
     Taken,
     Turn,
     TurnVerdict,
-    Unstorable,
 )
-from perdure.stores.postgres.batch import BEFORE, addressed
+from perdure.stores.postgres.batch import addressed
+from perdure.stores.verdicts import verdict_on
 
 Ask = Callable[..., list[tuple[Any, ...]]]
 """Executes the statement of a name with these parameters; its rows."""
@@ -44,32 +41,11 @@ def judge_turns(ask: Ask, turns: Sequence[Turn]) -> list[TurnVerdict]:
     unread: dict[Key, set[str]] = {}
     for run, id in ask("judge_mail", run=keys):
         unread.setdefault(run, set()).add(id)
-    return [_turn(turn, rows.get(turn.run), unread.get(turn.run, set())) for turn in turns]
-
-
-def _turn(turn: Turn, row: Sequence[Any] | None, unread: set[str]) -> TurnVerdict:
-    if row is None:
-        return Fenced(run=turn.run)
-    _, owner, lives, epoch, version, last, status, events, ended_at = row
-    if (last, version) == (turn.id, turn.version + 1):
-        return Committed(run=turn.run)  # asked again: written the first time
-    holds = (
-        ended_at is None
-        and (turn.epoch, turn.version, turn.last) == (epoch, version, last)
-        and (turn.owner is None or (turn.owner == owner and lives))
-    )
-    if not holds:
-        return Fenced(run=turn.run)
-    if turn.status not in BEFORE:
-        return Unstorable(run=turn.run, reason=f"{turn.status!r} is no status; expected one of {', '.join(BEFORE)}")
-    if status not in BEFORE[turn.status].split():
-        return Unstorable(run=turn.run, reason=f"a run that is {status} may not become {turn.status}")
-    if turn.events and turn.first_seq != events + 1:
-        reason = f"events from {turn.first_seq} on do not follow a history of {events}"
-        return Unstorable(run=turn.run, reason=reason)
-    if turn.closing and not turn.forced and not unread <= set(turn.consumed):
-        return MoreMail(run=turn.run)
-    return Busy(run=turn.run)
+    return [
+        # What nothing speaks against was held up by somebody's lock.
+        verdict_on(turn, rows.get(turn.run), unread.get(turn.run, set())) or Busy(run=turn.run)
+        for turn in turns
+    ]
 
 
 def judge_starts(ask: Ask, starts: Sequence[Start], now: int) -> list[StartVerdict | None]:

@@ -5,26 +5,9 @@ What may go is looked up without a lock: an ended run never lives again, and get
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
-
-from perdure.core.status import ENDED
 from perdure.core.turn import Key, Pruned, Retention
 from perdure.stores.postgres.judging import Ask
-
-LOOKED_AT: Final = 1_000
-"""Runs looked at by one call."""
-PIECE: Final = 1_000
-"""Events and messages removed by one call."""
-WHOLE: Final = ("forget_histories", "forget_mail", "forget_inputs", "forget_keys", "forget_runs")
-EVERY_END: Final = tuple(sorted(status.value for status in ENDED))
-
-
-class Chosen(NamedTuple):
-    """What one call removes: whole runs, or a piece of one that is too large to go at once."""
-
-    runs: list[Key]
-    piece: tuple[Key, int, int] | None  # run, events, messages
-    after: Key | None
+from perdure.stores.retention import EVERY_END, LOOKED_AT, PIECE, WHOLE, Chosen
 
 
 def chosen(ask: Ask, retention: Retention) -> Chosen:

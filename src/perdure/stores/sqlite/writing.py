@@ -15,7 +15,6 @@ import json
 from collections.abc import Sequence
 from typing import Any, Final
 
-from perdure.core.status import ENDED, MOVES, Status
 from perdure.core.turn import (
     Address,
     Batch,
@@ -24,12 +23,10 @@ from perdure.core.turn import (
     Conflict,
     Duplicate,
     Existing,
-    Fenced,
     Finished,
     Kept,
     Key,
     MailboxFull,
-    MoreMail,
     NotFound,
     Send,
     SendVerdict,
@@ -44,16 +41,12 @@ from perdure.core.turn import (
 from perdure.stores.refused import child_refused
 from perdure.stores.sqlite.errors import DATA_ERRORS
 from perdure.stores.sqlite.queries import SQL, Database, Rows
+from perdure.stores.verdicts import AT_WAKE, BEFORE, ENDS, verdict_on
 
 INLINE: Final = 1_000
 """Characters of an input that are kept in the run's own row, which every turn writes anew."""
 
-BEFORE: Final = {after.value: " ".join(before.value for before in Status if after in MOVES[before]) for after in Status}
-"""For each status the words of those that may become it."""
-
-ENDS: Final = frozenset(status.value for status in ENDED)
 NOW: Final = frozenset({"ready"})
-AT_WAKE: Final = frozenset({"scheduled", "running", "waiting", "blocked"})
 
 insert_runs: Final = Rows("insert_runs")
 insert_inputs: Final = Rows("insert_inputs")
@@ -357,7 +350,7 @@ class Writing:
         verdicts: list[TurnVerdict] = []
         good: list[Turn] = []
         for turn in turns:
-            verdict = _verdict(turn, rows.get(turn.run), unread.get(turn.run, set()))
+            verdict = verdict_on(turn, rows.get(turn.run), unread.get(turn.run, set()))
             if verdict is None:
                 good.append(turn)
                 del rows[turn.run]  # a second turn of this run in the batch comes too late
@@ -439,32 +432,6 @@ class Writing:
                 # A duplicate before it in this batch was counted against the limit: there is room after all.
                 verdicts += self._send((_to(send, run),))
         return verdicts
-
-
-def _verdict(turn: Turn, row: Sequence[Any] | None, unread: set[str]) -> TurnVerdict | None:
-    """Why a turn is not to be written; None if it is."""
-    if row is None:
-        return Fenced(run=turn.run)
-    _, owner, lives, epoch, version, last, status, events, ended_at = row
-    if (last, version) == (turn.id, turn.version + 1):
-        return Committed(run=turn.run)  # asked again: written the first time
-    holds = (
-        ended_at is None
-        and (turn.epoch, turn.version, turn.last) == (epoch, version, last)
-        and (turn.owner is None or (turn.owner == owner and lives))
-    )
-    if not holds:
-        return Fenced(run=turn.run)
-    if turn.status not in BEFORE:
-        return Unstorable(run=turn.run, reason=f"{turn.status!r} is no status; expected one of {', '.join(BEFORE)}")
-    if status not in BEFORE[turn.status].split():
-        return Unstorable(run=turn.run, reason=f"a run that is {status} may not become {turn.status}")
-    if turn.events and turn.first_seq != events + 1:
-        reason = f"events from {turn.first_seq} on do not follow a history of {events}"
-        return Unstorable(run=turn.run, reason=reason)
-    if turn.closing and not turn.forced and not unread <= set(turn.consumed):
-        return MoreMail(run=turn.run)
-    return None
 
 
 def _due(status: str, wake_at: int | None) -> int | None:
