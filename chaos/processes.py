@@ -94,7 +94,7 @@ async def hold(stage: Stage) -> None:
         load = Load(stage, client)
         # Whoever takes it is taken for dead: for the store it kills its workers, and is put aside in the end.
         stage.promised.deadly.add("hog")
-        await load.start("hogs", stage.pick(1.6, 3.0, 3.0) * LEASE, id="hog")
+        await load.start("hogs", 3.0 * LEASE, id="hog")
         await stage.until(lambda: stage.lines(step="long"), "the step that holds the interpreter")
         await load.run(stage.pick(1.5, 5.0, 30.0), 20)
         await stage.healed()

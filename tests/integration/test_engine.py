@@ -32,6 +32,7 @@ from perdure import (
     StepFailed,
     StepTimedOut,
     StoreError,
+    StoreLocked,
     StoreUnavailable,
     UnknownWorkflow,
     Worker,
@@ -530,6 +531,10 @@ class Troubled(SQLiteStore):
         self._maybe("write")
         return super().write(batch)
 
+    def write_at_once(self, batch: Any) -> Any:
+        self._maybe("write")
+        return super().write_at_once(batch)
+
     def mail(self, incarnation: str) -> Any:
         self._maybe("mail")
         return super().mail(incarnation)
@@ -609,6 +614,9 @@ class Slow(SQLiteStore):
         self.free = threading.Event()
         self.free.set()
         self.held = threading.Event()
+
+    def write_at_once(self, batch: Any) -> Any:
+        raise StoreLocked("What is held up is a thread's.", store=self.url)
 
     def write(self, batch: Any) -> Any:
         if batch.turns and not self.free.is_set():

@@ -33,6 +33,7 @@ from perdure.core.errors import StoreUnavailable
 from perdure.core.turn import Turn
 from perdure.stores.sqlite import transaction
 from tests.integration.helpers import AT_ONCE, ONCE, ask, engine, kinds, status_of, until, url_of
+from tests.integration.sqlite_story import announced, first_turn, started
 
 calls: list[Any] = []
 
@@ -405,6 +406,22 @@ def endless(db: sqlite3.Connection) -> int:
 @workflow
 async def loops(ctx: Context) -> int:
     return await ctx.step.options(retry=ONCE).transaction("endless", endless)
+
+
+def test_whoever_stops_a_function_says_why_whoever_ends_it(folder: Path) -> None:
+    """The function that the limit has stopped may roll back before the limit itself gets to it."""
+    store = SQLiteStore(folder / "runs.db")
+    announced(store)
+    opened: Any = store.transaction(first_turn(started(store, "a", owner="w")))
+    with opened._guard.lock:  # as while a statement runs
+        limit = threading.Thread(target=opened.out_of_time)
+        limit.start()
+        while opened.open:
+            time.sleep(0.001)
+        opened.roll_back()
+    limit.join()
+    assert opened.gone.seconds == transaction.LIMIT
+    store.close()
 
 
 async def test_a_statement_that_does_not_end_is_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

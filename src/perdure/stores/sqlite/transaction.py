@@ -181,6 +181,7 @@ class StepTransaction:
         self.ending = False  # its record is being written
         self.ended = False
         self.gone: RolledBack | None = None
+        self._why: tuple[str, float | None] = ("it was given up", None)
         self._turn = turn
         self._held = held
         self._keep = keep
@@ -213,11 +214,14 @@ class StepTransaction:
         return False  # one writer at a time: there is nobody to be serialised with
 
     def _roll_back(self, why: str, *, seconds: float | None = None) -> None:
+        if self.open:
+            # Whoever asks first says why: the function that is stopped by it may get the lock before.
+            self._why = (why, seconds)
         self.open = False  # a statement that runs now is stopped, and lets go of the lock
         with self._guard.lock:
             if not self.ended:
                 self.ended = True
-                self.gone = self._guard.over(why, seconds)
+                self.gone = self._guard.over(*self._why)
                 self._leave(keep=True)
             elif self._guard.step is self and threading.get_ident() == self.thread:
                 self._guard.step = None
