@@ -220,9 +220,13 @@ def eats_memory() -> None:
         time.sleep(0.005)
 
 
-def holds_the_interpreter(seconds: float) -> str:
-    """C code that keeps the interpreter's lock: no other thread of the process runs, not even the heartbeat's."""
+def holds_the_interpreter(seconds: float, calm: float) -> str:
+    """C code that keeps the interpreter's lock: no other thread of the process runs, not even the heartbeat's.
+
+    calm: seconds before it does.
+    """
     note("begin")
+    time.sleep(calm)
     ctypes.PyDLL(None).usleep(int(seconds * 1_000_000))
     note("end")
     return str(os.getpid())
@@ -283,8 +287,8 @@ async def loops(ctx: Context) -> None:
 
 
 @workflow
-async def hogs(ctx: Context, seconds: float) -> str:
-    return str(await ctx.step.run("long", holds_the_interpreter, seconds))
+async def hogs(ctx: Context, seconds: float, calm: float) -> str:
+    return str(await ctx.step.run("long", holds_the_interpreter, seconds, calm))
 
 
 @workflow

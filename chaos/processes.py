@@ -94,7 +94,9 @@ async def hold(stage: Stage) -> None:
         load = Load(stage, client)
         # Whoever takes it is taken for dead: for the store it kills its workers, and is put aside in the end.
         stage.promised.deadly.add("hog")
-        await load.start("hogs", 3.0 * LEASE, id="hog")
+        # Not before most of the load is written: a process that holds its interpreter in the middle of a write to
+        # SQLite holds everybody's writes up too, and nobody can take it for dead until it goes on.
+        await load.start("hogs", 3.0 * LEASE, 2.0 * LEASE, id="hog")
         await stage.until(lambda: stage.lines(step="long"), "the step that holds the interpreter")
         await load.run(stage.pick(1.5, 5.0, 30.0), 20)
         await stage.healed()
