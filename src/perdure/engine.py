@@ -251,9 +251,9 @@ class Worker:
             self._stopping.set()
         if self._core.settings.suspects == "apart":
             self._core.told = self._instructions()
-        await self._core.open()
         loop = asyncio.get_running_loop()
         installed = []
+        # Before anything is taken: from then on a signal must not end the process in the middle of it.
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 loop.add_signal_handler(number, self._stopping.set)
@@ -261,6 +261,7 @@ class Worker:
             except (NotImplementedError, RuntimeError, ValueError):
                 continue  # Not the main thread: whoever runs us calls stop().
         try:
+            await self._core.open()
             await self._stopping.wait()
             for number in installed:
                 # A second signal ends the process at once.

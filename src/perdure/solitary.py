@@ -31,7 +31,7 @@ from typing import Any, Final
 from perdure.core import events as ev
 from perdure.core.errors import StoreError
 from perdure.core.limits import Limits
-from perdure.core.turn import Head
+from perdure.core.turn import Announcement, Head
 from perdure.engine import Worker, _Serves
 from perdure.worker.shift import Shift
 from perdure.worker.suspects import FREE, TOOK, UNFIT
@@ -67,6 +67,10 @@ class Alone(Shift):
         super().no_longer_alone()
         # Later: this is called in the middle of a turn whose steps have not begun yet.
         self.loop.call_soon(self._settled)
+
+    def begin(self, announcement: Announcement) -> None:
+        super().begin(announcement)
+        self.wait_for_one()
 
     def wait_for_one(self) -> None:
         """End soon, unless there is a suspect to take."""
@@ -155,13 +159,8 @@ def worker_of(told: dict[str, Any], link: socket.socket) -> Worker:
 
 async def serve(worker: Worker, link: socket.socket, *, lease: float, grace: float) -> None:
     """Serve one suspect, then end the process: threads that it left behind are not waited for."""
-    loop = asyncio.get_running_loop()
-    await worker._core.open()
-    shift = worker._core.shift
-    assert isinstance(shift, Alone)
-    minding = (worker, loop, link, lease, grace)
+    minding = (worker, asyncio.get_running_loop(), link, lease, grace)
     threading.Thread(target=_mind_the_worker, args=minding, name="perdure-parent", daemon=True).start()
-    shift.wait_for_one()
     await worker.run()
     end(0)
 
@@ -177,8 +176,10 @@ def _mind_the_worker(
             break
     if worker._stopped or (worker._stopping is not None and worker._stopping.is_set()):
         # It was asked to stop, and has gone without waiting for us: a second signal.
+        shift = worker._core.shift
         try:
-            worker._core.store.retire(worker._core.shift.incarnation)  # type: ignore[union-attr]
+            if shift is not None:
+                worker._core.store.retire(shift.incarnation)
         except StoreError as error:
             log.warning("the run was not handed back: %s", error)
         end(1)
