@@ -30,7 +30,42 @@ class Call(NamedTuple):
     """A statement with its parameters, packed."""
 
     statement: Statement
-    values: list[bytes]
+    values: Sequence[bytes | None]
+
+
+TURN: Final = ("run", "owner", "epoch", "version", "last", "id", "status", "before", "due_at", "wake_at", "waits",
+               "flags", "attempt", "follows", "events", "bytes", "result", "error")  # fmt: skip
+"""What the fence and the new state of a run are made of, in the order of `turn_row`."""
+
+
+def turn_row(turn: Turn, size: int) -> tuple[Any, ...]:
+    """One turn as a row of `TURN`; size: bytes of its events."""
+    status = str.__str__(turn.status)
+    flags = 0 if turn.progress else KEEPS_STRIKES
+    if turn.strike:
+        flags |= STRIKE
+    due_at = wake_at = NONE
+    waits = ""
+    if status in ENDS:
+        flags |= IS_END | RELEASE
+    else:
+        waits = turn.waits
+        if turn.wake_at is not None:
+            wake_at = turn.wake_at
+        if turn.owner is None or turn.release:
+            flags |= RELEASE
+            due_at = _due(status, wake_at)
+    if turn.closing and not turn.forced:
+        flags |= HEEDS_MAIL
+    follows = NONE
+    if turn.events:
+        # One below 1 follows nothing that there can be.
+        follows = turn.first_seq - 1 if turn.first_seq > 0 else 2**31 - 1
+    return (
+        *(turn.run, turn.owner, turn.epoch, turn.version, turn.last, turn.id, status),
+        *(BEFORE[status], due_at, wake_at, waits, flags, NONE if turn.attempt is None else turn.attempt),
+        *(follows, len(turn.events), size, turn.result, turn.error),
+    )
 
 
 class Outgoing:
@@ -142,35 +177,17 @@ class Outgoing:
         append = rows.append
         for turn in turns:
             run = turn.run
-            status = str.__str__(turn.status)
-            owner = turn.owner
-            flags = 0 if turn.progress else KEEPS_STRIKES
-            if turn.strike:
-                flags |= STRIKE
-            due_at = wake_at = NONE
-            waits = ""
-            if status in ENDS:
-                flags |= IS_END | RELEASE
+            if turn.status in ENDS:
                 ending.append(run)
-            else:
-                waits = turn.waits
-                if turn.wake_at is not None:
-                    wake_at = turn.wake_at
-                if owner is None or turn.release:
-                    flags |= RELEASE
-                    due_at = _due(status, wake_at)
-                    self.news = True
-                    if owner is None:
-                        exposed.append(run)
-            if turn.closing and not turn.forced:
-                flags |= HEEDS_MAIL
+            elif turn.owner is None:
+                exposed.append(run)
+                self.news = True
+            elif turn.release:
+                self.news = True
             new = turn.events
             size = 0
-            follows = NONE
             if new:
                 seq = turn.first_seq
-                # One below 1 follows nothing that there can be.
-                follows = seq - 1 if seq > 0 else 2**31 - 1
                 for event in new:
                     event_runs.append(run)
                     seqs.append(seq)
@@ -182,24 +199,16 @@ class Outgoing:
                 consumed_ids.append(id)
             if turn.sends or turn.starts:
                 self.news = True
-            append(
-                (
-                    *(run, owner, turn.epoch, turn.version, turn.last, turn.id, status),
-                    *(BEFORE[status], due_at, wake_at, waits, flags, NONE if turn.attempt is None else turn.attempt),
-                    *(follows, len(new), size, turn.result, turn.error),
-                )
-            )
+            append(turn_row(turn, size))
         if ending:
             self._call("lock_ending", run=ending)
         columns = zip(*rows, strict=True)
-        names = ("run", "owner", "epoch", "version", "last", "id", "status", "before", "due_at", "wake_at", "waits",
-                 "flags", "attempt", "follows", "events", "bytes", "result", "error")  # fmt: skip
         self._call(
             "commit_turns",
             now=self.now,
             consumed_run=consumed_runs,
             consumed_id=consumed_ids,
-            **dict(zip(names, columns, strict=True)),
+            **dict(zip(TURN, columns, strict=True)),
         )
         if events:
             self._call("append_events", run=event_runs, seq=seqs, event=events)

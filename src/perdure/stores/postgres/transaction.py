@@ -16,9 +16,9 @@ import psycopg
 from psycopg import pq
 
 from perdure.core.errors import RolledBack
-from perdure.core.turn import Batch, Turn, TurnVerdict, Unstorable
+from perdure.core.turn import Turn, TurnVerdict, Unstorable
 from perdure.stores.postgres import judging
-from perdure.stores.postgres.batch import Call, Outgoing
+from perdure.stores.postgres.batch import TURN, Call, turn_row
 from perdure.stores.postgres.errors import PACKING_ERRORS, RETRIED, lost, ours, translate, unfit
 from perdure.stores.postgres.packing import PACK
 from perdure.stores.postgres.pipe import Pipe
@@ -218,14 +218,11 @@ class Steps:
                 time.sleep(0.01 * 2**tries)
 
     def _fenced(self, session: Session, turn: Turn) -> StepTransaction | TurnVerdict:
-        outgoing = Outgoing(Batch(turns=[turn]), self._clock(), self._statements)
-        calls = [*outgoing.calls]
-        if outgoing.calls:
-            calls.append(self.call("pledge", run=turn.run))
+        fence = self.call("fence_step", now=self._clock(), **dict(zip(TURN, turn_row(turn, 0), strict=True)))
         session.ready()
-        session.pipe.send([BEGIN], calls)
-        outgoing.read(session.pipe.collect())
-        if turn.run in outgoing.committed:
+        session.pipe.send([BEGIN], [fence])
+        [answer] = session.pipe.collect()
+        if answer.ntuples:
             return StepTransaction(self, session, turn)
         session.pipe.connection.exec_(b"ROLLBACK")
 
@@ -240,7 +237,10 @@ class Steps:
         statement = self._statements[name]
         return Call(
             statement,
-            [PACK[type](values[name]) for name, type in zip(statement.parameters, statement.types, strict=True)],
+            [
+                None if values[name] is None else PACK[type](values[name])
+                for name, type in zip(statement.parameters, statement.types, strict=True)
+            ],
         )
 
     def over(self, why: str) -> RolledBack:

@@ -33,18 +33,9 @@ FROM (
     FOR UPDATE OF run SKIP LOCKED
 ) AS held;
 
--- name: commit_turns
--- Write the new state of every turn whose fence holds, all of it checked here, in the statement that writes: the
--- owner and its life, the epoch, the version and the last turn; that the run has not ended and may become what the
--- turn says (`before` lists from which statuses); that the events follow its history; and, where the turn ends the
--- run, that it is held and that there is no unread mail the turn does not consume. The keys of what was written are
--- the answer, and kept until the transaction ends: everything behind looks there.
---
--- IS NOT DISTINCT FROM keeps the planner from walking along all runs of an owner, IS TRUE from turning a list into a
--- join, a count instead of an EXISTS from reading all unread mail that there is. -1 stands for null, which would cost more to pack. Bits of `flags`: 1 keeps strikes, 2 adds one, 4 heeds
--- unread mail, 8 ends the run, 16 gives the owner up.
-WITH written AS (
-    UPDATE perdure.runs AS run SET
+-- name: turn_state
+-- A row as a turn leaves it. -1 stands for null, which would cost more to pack. Bits of `flags`: 1 keeps strikes,
+-- 2 adds one, 4 heeds unread mail, 8 ends the run, 16 gives the owner up.
         version = run.version + 1,
         turn = turn.id,
         status = turn.status,
@@ -60,16 +51,12 @@ WITH written AS (
         history_bytes = run.history_bytes + turn.bytes,
         result = turn.result,
         error = turn.error
-    FROM unnest(
-        $run::int8[], $owner::text[], $epoch::int8[], $version::int8[], $last::text[], $id::text[], $status::text[],
-        $before::text[], $due_at::int8[], $wake_at::int8[], $waits::text[], $flags::int4[], $attempt::int4[],
-        $follows::int4[], $events::int4[], $bytes::int8[], $result::text[], $error::text[]
-    ) AS turn (
-        run, owner, epoch, version, last, id, status,
-        before, due_at, wake_at, waits, flags, attempt,
-        follows, events, bytes, result, error
-    )
-    WHERE run.key = turn.run
+
+-- name: turn_fence
+-- The owner and its life, the epoch, the version and the last turn; that the run has not ended and may become what the
+-- turn says (`before` lists from which statuses); that the events follow its history. IS NOT DISTINCT FROM keeps the
+-- planner from walking along all runs of an owner.
+        run.key = turn.run
         AND run.version = turn.version
         AND run.epoch = turn.epoch
         AND run.turn = turn.last
@@ -80,6 +67,28 @@ WITH written AS (
         ))
         AND strpos(turn.before, run.status) > 0
         AND (turn.follows = -1 OR turn.follows = run.history_events)
+
+-- name: commit_turns
+-- Write the new state of every turn whose fence holds, all of it checked here, in the statement that writes: also,
+-- where the turn ends the run, that it is held and that there is no unread mail the turn does not consume. The keys of
+-- what was written are the answer, and kept until the transaction ends: everything behind looks there.
+--
+-- IS TRUE keeps the planner from turning a list into a join, a count instead of an EXISTS from reading all unread mail
+-- that there is.
+WITH written AS (
+    UPDATE perdure.runs AS run SET
+        /* turn_state */
+    FROM unnest(
+        $run::int8[], $owner::text[], $epoch::int8[], $version::int8[], $last::text[], $id::text[], $status::text[],
+        $before::text[], $due_at::int8[], $wake_at::int8[], $waits::text[], $flags::int4[], $attempt::int4[],
+        $follows::int4[], $events::int4[], $bytes::int8[], $result::text[], $error::text[]
+    ) AS turn (
+        run, owner, epoch, version, last, id, status,
+        before, due_at, wake_at, waits, flags, attempt,
+        follows, events, bytes, result, error
+    )
+    WHERE
+        /* turn_fence */
         AND (turn.flags & 8 = 0 OR run.key IN (
             SELECT unnest(string_to_array(current_setting('perdure_batch.ending', true), ',')::int8[])
         ))
@@ -319,9 +328,25 @@ JOIN perdure.runs AS run ON run.key = CASE
     )
 END;
 
--- name: pledge
--- Promise the record of a step: its transaction cannot be committed without.
-INSERT INTO perdure.pledges (run, kept) VALUES ($run::int8, 0);
+-- name: fence_step
+-- Write the turn of a transaction step, if its fence holds, and promise the record of the step: the transaction cannot be
+-- committed without. One turn that ends no run, with plain parameters: its plan is the same whatever they are, and so
+-- it is kept also by a session that plans as a step's function would have it.
+WITH written AS (
+    UPDATE perdure.runs AS run SET
+        /* turn_state */
+    FROM (SELECT
+        $run::int8 AS run, $owner::text AS owner, $epoch::int8 AS epoch, $version::int8 AS version, $last::text AS last,
+        $id::text AS id, $status::text AS status, $before::text AS before, $due_at::int8 AS due_at,
+        $wake_at::int8 AS wake_at, $waits::text AS waits, $flags::int4 AS flags, $attempt::int4 AS attempt,
+        $follows::int4 AS follows, $events::int4 AS events, $bytes::int8 AS bytes, $result::text AS result,
+        $error::text AS error
+    ) AS turn
+    WHERE
+        /* turn_fence */
+    RETURNING run.key
+)
+INSERT INTO perdure.pledges (run, kept) SELECT written.key, 0 FROM written RETURNING run;
 
 -- name: record_step
 -- Append the events of a step to the history, under the turn that its fence has written, and keep the promise. Where
