@@ -160,6 +160,9 @@ class Store(Protocol):
     def history(self, run: Key, after: int = 0) -> list[str]:
         """The stored events with a sequence number above `after`, in order."""
 
+    def histories(self, runs: Sequence[Key]) -> Mapping[Key, list[str]]:
+        """All stored events of each of these runs, in order. A run without any may be missing."""
+
     def mail(self, incarnation: str) -> list[Mail]:
         """Unread mail of all the runs this incarnation owns, by run and position."""
 

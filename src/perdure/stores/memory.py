@@ -461,6 +461,9 @@ class MemoryStore:
         with self._transaction():
             return self._runs[run].history[after:] if run in self._runs else []
 
+    def histories(self, runs: Sequence[Key]) -> dict[Key, list[str]]:
+        return {run: self.history(run) for run in runs}
+
     def mail(self, incarnation: str) -> list[Mail]:
         with self._transaction():
             owned = sorted(self._owned.get(incarnation, ()))

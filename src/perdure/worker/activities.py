@@ -107,8 +107,8 @@ class ActivityRun:
         self.seen.append(mail.id)
         if mail.kind == "cancel" and self.flight is None and not self.gone:
             self.cancelled = True
-            # Its function is cancelled when that is recorded, as this leaves memory; one not begun never begins.
-            if self.execution is not None and not self.execution.counted:
+            # Its function is cancelled when that is recorded, as this leaves memory; one not called yet never is.
+            if self.execution is not None and self.execution.withdraw():
                 self.shift.abandon(self.execution)
             self._end("cancelled", None, RecordedError(type="Cancelled", message="its parent gave it up"))
 

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from msgspec.structs import replace
@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from perdure.core import events as ev
 from perdure.core import stored
 from perdure.core.errors import PerdureError
-from perdure.core.turn import Batch, Claim, Head, Turn
+from perdure.core.turn import Batch, Claim, Head, Key, Turn
 from perdure.stores.contract import Store
 from perdure.worker.ending import end_without_code
 from perdure.worker.residents import put_aside
@@ -91,11 +91,13 @@ class Watcher:
         found: list[tuple[Head, Sequence[ev.Event]]] = []
         try:
             heads = self.store.claim(replace(claim, limit=room))
+            texts = self._histories([head.row.key for head in heads if head.row.kind == "workflow"])
             for head in heads:
+                key = head.row.key
                 events: Sequence[ev.Event] = ()
                 try:
                     if head.row.kind == "workflow":
-                        events = [stored.decode(text) for text in self.store.history(head.row.key)]
+                        events = [stored.decode(text) for text in texts.get(key) or self.store.history(key)]
                 except PerdureError as error:
                     self._unreadable.append((head, error))
                 else:
@@ -110,6 +112,14 @@ class Watcher:
         finally:
             # What was claimed counts until it is received.
             shift.claiming -= room - len(found)
+
+    def _histories(self, keys: Sequence[Key]) -> Mapping[Key, Sequence[str]]:
+        """Those of claimed runs, so within the budget of bytes; what cannot be read together is missing."""
+        try:
+            return self.store.histories(keys) if len(keys) > 1 else {}
+        except PerdureError as error:
+            log.debug("%d histories could not be read together: %s", len(keys), error)
+            return {}
 
     def _make_way(self, busy: bool, claim: Claim) -> None:
         """Under steady load a worker is never idle by itself: after a while it looks who may only be executed alone."""

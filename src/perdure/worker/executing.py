@@ -11,6 +11,7 @@ import contextvars
 import functools
 import inspect
 import logging
+import threading
 import types
 from collections import deque
 from collections.abc import Callable, Generator
@@ -64,11 +65,15 @@ def current_step() -> StepInfo:
 
 Done = Callable[["Execution", Any, "BaseException | None"], None]
 
+_entering: Final = threading.Lock()
+"""Between a thread that calls a function and the loop that wants it never to be called."""
+
 
 class Execution:
     """One attempt in flight."""
 
-    __slots__ = ("abandoned", "attempt", "began", "call", "counted", "done", "info", "leave", "step", "task", "timer")
+    __slots__ = ("abandoned", "attempt", "began", "call", "counted", "done", "entered", "info", "leave", "step", "task",
+                 "timer")  # fmt: skip
 
     def __init__(self, step: str, attempt: int, call: LocalCall, info: StepInfo, done: Done) -> None:
         self.step = step
@@ -81,6 +86,7 @@ class Execution:
         self.timer: Any = None
         self.began = 0
         self.counted = False
+        self.entered = False  # its function was called, or never will be
         self.leave: Callable[[], None] | None = None  # gives the thread of its function up
 
     def report(self, value: Any, error: BaseException | None) -> None:
@@ -91,6 +97,19 @@ class Execution:
         if not self.abandoned:
             self.abandoned = True
             self.done(self, value, error)
+
+    def enter(self) -> bool:
+        """Asked by a thread that is about to call the function: whether it shall."""
+        with _entering:
+            self.entered = True
+            return not self.abandoned
+
+    def withdraw(self) -> bool:
+        """Keep the function from being called; False if it is too late for that."""
+        with _entering:
+            if not self.entered:
+                self.abandoned = True
+        return not self.entered
 
     def abandon(self) -> None:
         """Nobody wants its outcome any more: cancel an async function, leave a thread to itself."""
@@ -148,6 +167,7 @@ class Executor:
             execution = jobs.popleft()
             if execution.abandoned:
                 continue
+            execution.entered = True
             context = execution.call.context.copy()
             try:
                 coroutine, wanted = context.run(_begun, execution)
@@ -243,7 +263,8 @@ class Executor:
             value: Any = None
             error: BaseException | None = None
             try:
-                value = context.run(call.fn, *call.args, **call.kwargs)
+                if execution.enter():
+                    value = context.run(call.fn, *call.args, **call.kwargs)
             except BaseException as caught:
                 error = caught
             self._soon(functools.partial(ended, context, value, error))

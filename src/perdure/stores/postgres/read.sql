@@ -25,6 +25,10 @@ ORDER BY run.generation DESC LIMIT 1;
 -- Events of a run, in order.
 SELECT event FROM perdure.history WHERE run = $run::int8 AND seq > $after::int8 ORDER BY seq;
 
+-- name: histories
+-- All events of a list of runs.
+SELECT run, event FROM perdure.history WHERE run = ANY($keys::int8[]) ORDER BY run, seq;
+
 -- name: mail_of_owner
 -- Unread mail of the runs of one incarnation: all of it calls.
 SELECT /* message */ FROM perdure.mail AS mail JOIN perdure.runs AS run ON run.key = mail.run

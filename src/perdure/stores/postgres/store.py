@@ -423,6 +423,12 @@ class PostgresStore:
     def history(self, run: Key, after: int = 0) -> list[str]:
         return [event for (event,) in self._ask("history", run=run, after=after)]
 
+    def histories(self, runs: Sequence[Key]) -> dict[Key, list[str]]:
+        found: dict[Key, list[str]] = {}
+        for run, event in self._ask("histories", keys=list(runs)):
+            found.setdefault(run, []).append(event)
+        return found
+
     def mail(self, incarnation: str) -> list[Mail]:
         return [_mail(row) for row in self._ask("mail_of_owner", incarnation=incarnation)]
 

@@ -322,6 +322,9 @@ class SQLiteStore:
             if number < CHUNK:
                 return events
 
+    def histories(self, runs: Sequence[Key]) -> dict[Key, list[str]]:
+        return {run: self.history(run) for run in runs}
+
     def mail(self, incarnation: str) -> list[Mail]:
         mail = _mail(self._ask("mail_of_owner", (incarnation,))[0])
         mail.sort(key=lambda message: (message.run, message.position))

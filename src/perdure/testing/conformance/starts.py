@@ -84,6 +84,15 @@ class StartPromises:
         kept = row(store, run)
         assert (kept.history_events, kept.history_bytes) == (1, len('{"kind":"started","at":7,"seed":"ü"}'.encode()))
 
+    def test_histories_are_read_together(self, store: Store) -> None:
+        runs = [started(store, id=f"order-{n}", event=f'{{"kind":"started","at":{n}}}') for n in range(3)]
+        activity = started(store, id="act", kind="activity", workflow="charge", event="")
+        found = store.histories([*runs[1:], activity, 10**12])
+        assert {run: list(events) for run, events in found.items() if events} == {
+            run: store.history(run) for run in runs[1:]
+        }
+        assert store.histories([]) == {}
+
     def test_an_activity_is_a_run_without_a_history(self, store: Store) -> None:
         run = started(store, kind="activity", workflow="charge", event="")
         assert row(store, run).kind == "activity"

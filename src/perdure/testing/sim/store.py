@@ -6,7 +6,7 @@ later or twice: whatever it wrote is true, and is checked by `Checks` right afte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from msgspec.structs import replace
@@ -113,6 +113,10 @@ class SimStore:
 
     def history(self, run: Key, after: int = 0) -> list[str]:
         return self._read("history", lambda: self.real.history(run, after))
+
+    def histories(self, runs: Sequence[Key]) -> Mapping[Key, list[str]]:
+        found: Mapping[Key, list[str]] = self._read("histories", lambda: self.real.histories(runs))
+        return found
 
     def mail(self, incarnation: str) -> list[Mail]:
         return self._read("mail", lambda: list(self.world.visible(self.real.mail(incarnation))))
