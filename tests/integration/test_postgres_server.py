@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import psycopg
 import pytest
@@ -26,9 +27,10 @@ from perdure.core.errors import (
 )
 from perdure.core.turn import Batch, Committed, Duplicate, Fenced, Kept, Reaped, Retention
 from perdure.stores.opening import open_store
-from perdure.stores.postgres import PostgresStore, migrations
+from perdure.stores.postgres import PostgresStore, connections, migrations
+from perdure.stores.postgres.judging import Ask
 from perdure.stores.postgres.pipe import Pipe
-from perdure.testing.conformance.story import EVENT, NAMESPACE, Clock, announce, held, row, sending, started
+from perdure.testing.conformance.story import EVENT, NAMESPACE, Clock, announce, claiming, held, row, sending, started
 from perdure.testing.conformance.story import signal as message
 from tests import servers
 
@@ -395,6 +397,57 @@ def test_a_killed_worker_is_missed_within_a_second(opened: Open, database: serve
             assert time.monotonic() - died < 5, "it was not missed"
             time.sleep(store.rounds)
     assert time.monotonic() - died < 2.0
+
+
+class StopsInAClaim(PostgresStore):
+    """Of a process that is stopped when it has taken runs and not yet committed that."""
+
+    taken: threading.Event
+    goes_on: threading.Event
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Ask]:
+        with super()._transaction() as ask:
+
+            def stopping(name: str, /, **parameters: object) -> list[tuple[object, ...]]:
+                answer = ask(name, **parameters)
+                if name == "take":
+                    self.taken.set()
+                    self.goes_on.wait(60)
+                return answer
+
+            yield stopping
+
+
+def test_what_a_stopped_process_is_about_to_claim_others_get(
+    opened: Open, database: servers.Database, schema: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert connections.SETTINGS["idle_in_transaction_session_timeout"] == "5s"
+    monkeypatch.setattr(
+        connections, "SETTINGS", {**connections.SETTINGS, "idle_in_transaction_session_timeout": "500ms"}
+    )
+    stopped = StopsInAClaim(database.url, schema=schema)
+    stopped.taken, stopped.goes_on = threading.Event(), threading.Event()
+    other = opened()
+    try:
+        announce(stopped, "stopped")
+        announce(other, "other")
+        run = started(other, id="order-1")
+        with ThreadPoolExecutor(1) as pool:
+            stuck = pool.submit(claiming, stopped, "stopped")
+            assert stopped.taken.wait(60)
+            assert claiming(other, "other") == [], "it is locked"
+            until = time.monotonic() + 60
+            while not (heads := claiming(other, "other")):
+                assert time.monotonic() < until, "nobody gets it"
+                time.sleep(0.05)
+            stopped.goes_on.set()
+            with pytest.raises(StoreUnavailable):
+                stuck.result(60)
+        assert [head.row.key for head in heads] == [run]
+        assert row(other, run).owner == "other"
+    finally:
+        stopped.close()
 
 
 def test_without_hints_only_the_lease_tells(opened: Open, database: servers.Database, schema: str) -> None:
