@@ -312,6 +312,20 @@ def cut(database: servers.Database, name: str) -> None:
         db.execute(asked, [f"%{name}%"])
 
 
+def test_a_client_asks_the_server_again_what_time_it_is(opened: Open) -> None:
+    store = opened()
+    true = store.now()
+    store._server_clock.set(true - 3_600_000_000)
+    assert store.now() < true, "as after the server's clock was put right"
+    now, at = store._server_clock._said
+    store._server_clock._said = (now, at - connections.ASKED_AGAIN)
+    store.now()
+    until = time.monotonic() + 60
+    while store.now() < true:
+        assert time.monotonic() < until, "it was not asked"
+        time.sleep(0.01)
+
+
 def test_what_was_committed_before_the_answer_was_lost_is_written_once(
     opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -12,12 +13,16 @@ from urllib.parse import quote
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from perdure.core.errors import NotAStore, StoreReadOnly, StoreUnavailable
+from perdure.core.errors import NotAStore, StoreError, StoreReadOnly, StoreUnavailable
 from perdure.stores.postgres.queries import statements
+
+log = logging.getLogger(__name__)
 
 OLDEST: Final = 130000
 FIRST_PAUSE, LAST_PAUSE = 0.05, 2.0
 """Seconds between two tries to connect, of all threads together, while the server is away."""
+ASKED_AGAIN: Final = 60_000_000_000
+"""Nanoseconds after which the server is asked again what time it is."""
 
 DEFAULTS: Final[Mapping[str, str]] = {
     "application_name": "perdure",
@@ -160,18 +165,38 @@ def settings_text(*, local: bool) -> str:
 
 
 class ServerClock:
-    """The server's clock, here: what it said last, and the time since then. Never ahead of it."""
+    """The server's clock, here: what it said last, and the time since then, also asleep.
 
-    def __init__(self) -> None:
+    ask: has the server asked again and `set` called; done in a thread where nobody else has for a minute, because two
+    clocks drift apart and the server's may be put right.
+    """
+
+    def __init__(self, ask: Callable[[], None]) -> None:
+        self._ask = ask
+        self._asked = 0
         self._said = (0, 0)
 
     def set(self, now: int) -> None:
         """The server has just answered that this is the time."""
-        self._said = (now, time.monotonic_ns())
+        self._said = (now, _clock_ns())
 
     def __call__(self) -> int:
         now, at = self._said
-        return now + (time.monotonic_ns() - at) // 1000
+        here = _clock_ns()
+        if here - max(at, self._asked) > ASKED_AGAIN:
+            self._asked = here
+            threading.Thread(target=self._ask_again, name="perdure-clock", daemon=True).start()
+        return now + (here - at) // 1000
+
+    def _ask_again(self) -> None:
+        try:
+            self._ask()
+        except StoreError as error:
+            log.debug("the server was not asked for the time: %s", error)
+
+
+def _clock_ns() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic_ns()
 
 
 def _shown(parameters: Mapping[str, Any], more: Mapping[str, str]) -> str:

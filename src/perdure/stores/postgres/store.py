@@ -113,7 +113,7 @@ class PostgresStore:
         self._channel: Final = f"perdure_{schema}"
         self._known_id: str | None = None
         self._statements: Final = statements(schema)
-        self._server_clock: Final = connections.ServerClock()
+        self._server_clock: Final = connections.ServerClock(self._ask_clock)
         self._clock: Final = clock or self._server_clock
         self._hints: Final = hints
         self._closed = False
@@ -596,6 +596,10 @@ class PostgresStore:
             db.close()
             raise
         return db
+
+    def _ask_clock(self) -> None:
+        with self._read() as db:
+            self._server_clock.set(connections.ask_server(db, self.url)[1])
 
     def _connect_direct(self) -> psycopg.Connection[Any]:
         return (self._direct or self._address).connect(name="listener")
