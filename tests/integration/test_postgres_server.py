@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import select
 import signal
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 import psycopg
 import pytest
 
+from perdure import Context, Engine, workflow
 from perdure.core.errors import (
     NotAStore,
     StoreCorrupt,
@@ -593,6 +595,23 @@ def test_a_batch_is_sent_without_waiting_and_collected_later(
         other.rollback()
     assert select.select([store.fileno()], [], [], 10)[0]
     assert store.finish() == [Committed(run=holder.run)]
+
+
+@workflow
+async def returns_much(ctx: Context, size: int) -> int:
+    return len(await ctx.step.run("much", lambda: "x" * size))
+
+
+async def test_a_batch_larger_than_the_sockets_buffers_is_sent_to_its_end(
+    database: servers.Database, schema: str
+) -> None:
+    url = f"{database.url}{'&' if '?' in database.url else '?'}schema={schema}"
+    async with Engine(url, workflows=[returns_much]) as engine:
+        # Once alone, so that the connection is there and the loop itself sends.
+        assert await (await engine.start(returns_much, 1)).result(timeout=60) == 1
+        size = 300_000
+        runs = [await engine.start(returns_much, size) for _ in range(40)]
+        assert await asyncio.gather(*(run.result(timeout=60) for run in runs)) == [size] * 40
 
 
 def test_two_threads_may_write(opened: Open) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,8 +23,10 @@ class Far(MemoryStore):
         self.done: list[tuple[str, str]] = []
         self.connected = True
         self.usual = True
+        self.unsent = False
         self.broken = 0
-        self._ears, self._mouth = os.pipe()
+        self._sockets = socket.socketpair()
+        self._ears, self._mouth = (each.fileno() for each in self._sockets)
         self._batch = Batch()
 
     def note(self, what: str) -> None:
@@ -45,6 +48,10 @@ class Far(MemoryStore):
         return self._ears
 
     def arrived(self) -> bool:
+        if self.unsent:
+            self.note("send on")
+            self.unsent = False
+            return False
         os.read(self._ears, 1)
         return True
 
@@ -106,6 +113,20 @@ async def test_the_loop_sends_and_is_told_of_the_answer() -> None:
     site.store.answer()
     await site.hears(3)
     assert site.store.done == [("begin", "loop"), ("finish", "loop")] * 2
+    site.thread.stop()
+
+
+async def test_what_the_connection_does_not_take_at_once_is_sent_when_it_does() -> None:
+    site = Site()
+    site.store.unsent = True
+    site.sends(1)
+    while len(site.store.done) < 2:
+        await asyncio.sleep(0.001)
+    assert site.store.done == [("begin", "loop"), ("send on", "loop")]
+    await asyncio.sleep(0.01)
+    assert len(site.store.done) == 2, "it is not asked again without a reason"
+    site.store.answer()
+    await site.hears(1)
     site.thread.stop()
 
 

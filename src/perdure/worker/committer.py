@@ -365,10 +365,15 @@ class Wire:
             self._loop.call_soon(self._arriving)
         else:
             self._loop.add_reader(file, self._arriving)
+            if self._store.unsent:
+                self._loop.add_writer(file, self._arriving)
         return True
 
     def _arriving(self) -> None:
-        if not self._store.arrived():
+        arrived = self._store.arrived()
+        if self._file >= 0 and (arrived or not self._store.unsent):
+            self._loop.remove_writer(self._file)
+        if not arrived:
             return
         if self._file >= 0:
             self._loop.remove_reader(self._file)

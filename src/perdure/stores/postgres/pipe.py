@@ -41,6 +41,8 @@ class Pipe:
         self._answers: list[pq.abc.PGresult] = []
         self._number = 0
         self._complete = True
+        self.unsent = False
+        """Whether a part of what was sent is still here, as the server has not read the rest."""
         self.failed: psycopg.Error | None = None
         """What the server has against what was sent last, as far as its answers have come."""
 
@@ -68,12 +70,15 @@ class Pipe:
             connection.send_query_params(command, None)
             expected.append(False)
         connection.pipeline_sync()
-        connection.flush()
+        self.unsent = bool(connection.flush())
 
     def arrived(self) -> bool:
-        """Whether all answers are here, so that `collect` would not wait for them. Itself it does not wait."""
+        """Whether all answers are here, so that `collect` would not wait for them. Itself it does not wait.
+
+        While there is something `unsent`, it is also to be asked whenever the socket can be written to.
+        """
         if not self._complete:
-            self.connection.flush()
+            self.unsent = bool(self.connection.flush())
             self.connection.consume_input()
             self._read()
         return self._complete

@@ -203,6 +203,11 @@ class PostgresStore:
         """Whether the answers to what `begin_at_once` sent are here, or will never be. Does not wait."""
         return self._sent.arrived()
 
+    @property
+    def unsent(self) -> bool:
+        """Whether a part of it is still to be sent: `arrived` does so when the file descriptor can be written to."""
+        return self._writer.unsent
+
     def finish_at_once(self) -> list[Verdict] | None:
         """The verdicts, if they have arrived and all is written; None if `finish` has to find out what was."""
         verdicts = self._sent.usual()

@@ -54,6 +54,11 @@ class Writer:
         return self._pipe is None or self._pipe.arrived()
 
     @property
+    def unsent(self) -> bool:
+        """Whether `arrived` is to be asked also when the socket can be written to."""
+        return self._pipe is not None and self._pipe.unsent
+
+    @property
     def failed(self) -> bool:
         """Whether `finish` will raise, and may have to clean up first."""
         return self._pipe is None or self._pipe.failed is not None
