@@ -25,8 +25,7 @@ class Far(MemoryStore):
         self.usual = True
         self.unsent = False
         self.broken = 0
-        self._sockets = socket.socketpair()
-        self._ears, self._mouth = (each.fileno() for each in self._sockets)
+        self._ears, self._mouth = (each.detach() for each in socket.socketpair())
         self._batch = Batch()
 
     def note(self, what: str) -> None:
