@@ -31,7 +31,7 @@ from perdure.core.turn import Batch, Committed, Duplicate, Fenced, Kept, Reaped,
 from perdure.stores.opening import open_store
 from perdure.stores.postgres import PostgresStore, connections, migrations
 from perdure.stores.postgres.judging import Ask
-from perdure.stores.postgres.pipe import Pipe
+from perdure.stores.postgres.pipe import REPLANNED, Pipe
 from perdure.testing.conformance.story import EVENT, NAMESPACE, Clock, announce, claiming, held, row, sending, started
 from perdure.testing.conformance.story import signal as message
 from tests import servers
@@ -612,6 +612,35 @@ async def test_a_batch_larger_than_the_sockets_buffers_is_sent_to_its_end(
         size = 300_000
         runs = [await engine.start(returns_much, size) for _ in range(40)]
         assert await asyncio.gather(*(run.result(timeout=60) for run in runs)) == [size] * 40
+
+
+def test_what_is_read_often_is_planned_once_and_anew_when_the_tables_have_grown(
+    opened: Open, database: servers.Database
+) -> None:
+    store = opened()
+    planned: list[tuple[int, int]] = []
+
+    def look() -> None:
+        # Generic and custom plans of what this reader has prepared for `rows`.
+        with store._read() as db:
+            found = db.execute(
+                "SELECT generic_plans, custom_plans FROM pg_prepared_statements WHERE statement LIKE '%run.key = ANY%'"
+            ).fetchone()
+        planned.append(found or (0, 0))
+
+    with store._read() as db:
+        if db.info.server_version < 140000:
+            pytest.skip("pg_prepared_statements counts plans since PostgreSQL 14")
+    for _ in range(4):
+        store.rows([10**12])
+    look()
+    assert planned[-1][0] >= 2
+    assert planned[-1][1] == 0, "each time anew"
+    plans = store._idle[-1].plans
+    assert not plans.are_old()
+    plans._made -= REPLANNED + 1
+    assert plans.are_old()
+    assert not plans.are_old()
 
 
 def test_two_threads_may_write(opened: Open) -> None:

@@ -24,6 +24,30 @@ _WAIT: Final = 90.0
 """Seconds without an answer after which a connection is given up. The server's own timeouts come first."""
 
 
+class Plans:
+    """When a session that keeps plans is to make them anew.
+
+    Soon at first: one that was made for an empty table walks along one of a thousand rows.
+    """
+
+    def __init__(self) -> None:
+        self._used = 0
+        self._until = 16
+        self._made = time.monotonic()
+
+    def are_old(self) -> bool:
+        """Asked before each use; if so, the next are taken to be new."""
+        self._used += 1
+        if self._used != self._until and time.monotonic() - self._made <= REPLANNED:
+            return False
+        self._until = max(self._until, self._used) * 4
+        self._made = time.monotonic()
+        return True
+
+
+DISCARD: Final = b"DISCARD PLANS"
+
+
 class Pipe:
     """See the module. Whatever it raises, the connection is of no use any more, but for a server's own `Failed`.
 
@@ -34,9 +58,7 @@ class Pipe:
         self.connection: Final = connection
         self._keeps = keeps_statements
         self._prepared: set[str] = set()
-        self._sent = 0
-        self._replan_at = 16
-        self._planned = time.monotonic()
+        self._plans = Plans()
         self._expected: list[bool] = []  # for each command that was sent: whether its answer is one of a call
         self._answers: list[pq.abc.PGresult] = []
         self._number = 0
@@ -54,12 +76,8 @@ class Pipe:
         self._number = 0
         self._complete = False
         self.failed = None
-        self._sent += 1
-        if self._prepared and (self._sent == self._replan_at or time.monotonic() - self._planned > REPLANNED):
-            # Soon at first: a plan that was made for an empty table walks along one of a thousand rows.
-            self._replan_at = max(self._replan_at, self._sent) * 4
-            self._planned = time.monotonic()
-            first = [*first, b"DISCARD PLANS"]
+        if self._keeps and self._plans.are_old():
+            first = [*first, DISCARD]
         connection.enter_pipeline_mode()
         for command in first:
             connection.send_query_params(command, None)

@@ -44,6 +44,7 @@ from perdure.stores import choosing
 from perdure.stores.postgres import borrowed, connections, judging, migrations, pruning
 from perdure.stores.postgres.errors import ours
 from perdure.stores.postgres.listening import Bell, Listener
+from perdure.stores.postgres.pipe import DISCARD, Plans
 from perdure.stores.postgres.queries import check_schema, statements
 from perdure.stores.postgres.sending import Sending
 from perdure.stores.postgres.transaction import Steps, StepTransaction
@@ -67,6 +68,13 @@ ALERT, CALM = 0.2, 4.0  # seconds between rounds of housekeeping: others are at 
 STATUSES: Final = [status.value for status in Status]
 _ROW: Final = Row.__struct_fields__
 _MAIL: Final = Mail.__struct_fields__
+
+
+class Reader(NamedTuple):
+    """A connection for reading, and the plans it keeps."""
+
+    db: psycopg.Connection[Any]
+    plans: Plans
 
 
 class PostgresStore:
@@ -126,7 +134,7 @@ class PostgresStore:
             self.url, connect=self._connect_for_step, statements=self._statements, clock=self._clock
         )
         self._readers = threading.Condition()
-        self._idle: list[psycopg.Connection[Any]] = []
+        self._idle: list[Reader] = []
         self._reading = 0
         self._beating = threading.Lock()
         self._heart: psycopg.Connection[Any] | None = None
@@ -548,7 +556,7 @@ class PostgresStore:
         with self._readers:
             idle, self._idle = self._idle, []
             self._readers.notify_all()
-        for db in (heart, *idle):
+        for db in (heart, *(reader.db for reader in idle)):
             if db is not None:
                 db.close()
 
@@ -597,6 +605,9 @@ class PostgresStore:
                 self._server_clock.set(now)
             if not server.pooled:
                 connections.set_session(db, local=False)
+                if name in ("reader", "heart"):
+                    # What is asked twice is planned once. The writer's statements are prepared by its pipe.
+                    db.prepare_threshold = 1
         except BaseException:
             db.close()
             raise
@@ -617,26 +628,28 @@ class PostgresStore:
             while self._reading >= READERS:
                 self._readers.wait()
             self._reading += 1
-            db = self._idle.pop() if self._idle else None
+            reader = self._idle.pop() if self._idle else None
         try:
             with ours(self.url):
-                if db is None:
-                    db = self._connect("reader")
-                yield db
+                if reader is None:
+                    reader = Reader(self._connect("reader"), Plans())
+                elif not self._pooled and reader.plans.are_old():
+                    reader.db.execute(DISCARD)
+                yield reader.db
         except BaseException:
-            if db is not None:
-                db.close()
-            db = None
+            if reader is not None:
+                reader.db.close()
+            reader = None
             raise
         finally:
             with self._readers:
                 self._reading -= 1
-                if db is not None and not self._closed:
-                    self._idle.append(db)
-                    db = None
+                if reader is not None and not self._closed:
+                    self._idle.append(reader)
+                    reader = None
                 self._readers.notify()
-            if db is not None:
-                db.close()
+            if reader is not None:
+                reader.db.close()
 
     @contextmanager
     def _transaction(self) -> Iterator[judging.Ask]:
@@ -710,7 +723,7 @@ class PostgresStore:
 
     def forget_connections(self) -> None:
         """In a forked child: what is open is the parent's, not ours, not even to close."""
-        held = (self._writer.forget(), self._heart, *self._idle, *self._steps.forget())
+        held = (self._writer.forget(), self._heart, *(reader.db for reader in self._idle), *self._steps.forget())
         _not_ours.extend(db for db in held if db is not None)
         _not_ours.append(self._listener)
         self._idle, self._reading, self._heart, self._listener = [], 0, None, None
