@@ -13,7 +13,7 @@ from perdure.core import failure, retry
 from perdure.core.errors import LimitExceeded, PayloadError
 from perdure.core.failure import RecordedError
 from perdure.core.retry import Retry
-from perdure.core.turn import Committed, Mail, Row, Turn
+from perdure.core.turn import Busy, Committed, Mail, Row, Turn
 from perdure.core.waits import Wait, Waits, waits_text
 from perdure.runtime.steps import NO_OPTIONS, ActivityPolicy, LocalCall, Policy
 from perdure.worker.executing import Execution, StepInfo
@@ -222,11 +222,19 @@ class ActivityRun:
 
     def _answered(self, verdict: Any) -> None:
         turn = self.flight
+        if isinstance(verdict, Busy) and turn is not None:
+            self.shift.loop.call_later(0.05, self._again, turn)
+            return
         if not isinstance(verdict, Committed):
             log.debug("activity %s: %s", self.row.id, verdict)
         self.leave()
         if isinstance(verdict, Committed) and turn is not None and turn.closing:
             self.shift.ended_run(self.row.key, turn)
+
+    def _again(self, turn: Turn) -> None:
+        if not self.gone:
+            self.shift.committer.turn(turn, self._answered)
+            self.shift.kick()
 
     def leave(self) -> None:
         """Leave memory. Twice is once."""

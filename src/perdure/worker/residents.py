@@ -587,7 +587,8 @@ class Resident:
                 self._strike()
             return
         gathered = self.open
-        if self.shift.draining and not any(e is not None and e.counted for e in self.executions.values()):
+        leaves = self.shift.draining and not self.inbox
+        if leaves and not any(e is not None and e.counted for e in self.executions.values()):
             self._hand_over(gathered)
             return
         # What is given up with this turn does not count: it ends when the turn is acknowledged.
@@ -922,6 +923,13 @@ class Resident:
             and not self.inbox
             and not self.open.events
             and self.status == WAITING
+        )
+
+    @property
+    def owes(self) -> bool:
+        """Whether it may hold outcomes that nobody else knows, although nothing of it executes."""
+        return self.rebuilding or (
+            self.flight is not None and any(isinstance(event, ev.LOCAL_OUTCOMES) for event in self.flight[1].events)
         )
 
     def leave(self) -> None:

@@ -228,8 +228,13 @@ class Shift:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing executes and nothing waits to be written."""
-        return self.executing == 0 and self.committer.unanswered == 0
+        """Whether nothing executes and nothing waits to be written: also not for a lock, or to be read again."""
+        return (
+            self.executing == 0
+            and self.committer.unanswered == 0
+            and not any(resident.owes for resident in self.residents.values())
+            and not any(activity.flight is not None for activity in self.activities.values())
+        )
 
     def drain(self) -> None:
         """Begin nothing new: no claim, no step. What is in flight may end; what only waits goes to others at once."""
