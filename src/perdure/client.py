@@ -595,7 +595,7 @@ class Client:
     async def _announced(self, name: str) -> Announced:
         announced = await self._core.served(name)
         if announced is None:
-            raise UnknownWorkflow(name, [*self._core.announced, *self._core.registry.workflows])
+            raise UnknownWorkflow(name, sorted({*self._core.announced, *self._core.registry.workflows}))
         return announced
 
     def handle(self, run_id: str, /, *, returns: Any = Any) -> RunHandle[Any]:

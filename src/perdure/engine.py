@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 from perdure.client import Client, Core, _no_codec
 from perdure.core.errors import StoreError
@@ -26,8 +26,6 @@ from perdure.worker.watchdog import Watchdog
 
 log = logging.getLogger("perdure.worker")
 
-LOOK_FOR_SUSPECTS: Final = 0.25
-"""Seconds between two looks whether a run that killed two workers waits."""
 GRACE = 30.0
 """Seconds that steps in flight get to end when a worker stops."""
 
@@ -74,7 +72,7 @@ class _Serves(Core):
         ]
         if self.told is not None:
             self._suspects = Suspects(self.store, shift, self.told)
-            self._threads.append(Serving("perdure-suspects", self._suspects.step, pause=lambda: LOOK_FOR_SUSPECTS))
+            self._threads.append(Serving("perdure-suspects", self._suspects.step, pause=self._suspects.pause))
         served = ", ".join(self.registry.workflows) or "no workflow"
         log.info("worker %s serves %s on %s (%s)", shift.incarnation[:8], served, self.store.url, self.store.durability)
 
@@ -108,7 +106,7 @@ class _Serves(Core):
         return True
 
     async def close(self) -> None:
-        if self.closed or self.shift is None:
+        if self.closed or self.shift is None or not self.opened:
             await super().close()
             return
         assert self.loop is not None

@@ -12,8 +12,9 @@ import pytest
 from perdure import Context, Engine, RunNotFound, StepFailed, sync, workflow
 from perdure.stores.opening import open_store
 from perdure.stores.postgres import PostgresStore
+from perdure.stores.postgres.transaction import ending
 from tests import servers
-from tests.integration.helpers import AT_ONCE, kinds, until
+from tests.integration.helpers import AT_ONCE, ONCE, kinds, until
 
 calls: list[Any] = []
 
@@ -118,6 +119,73 @@ async def test_a_step_that_fails_for_good_leaves_nothing(url: str, db: psycopg.C
     async with Engine(url, workflows=[fails]) as here:
         assert "UniqueViolation" in await (await here.start(fails, "rule")).result(timeout=20)
     assert effects(db) == []
+
+
+WAYS = [
+    "COMMIT",
+    "ROLLBACK",
+    "ROLLBACK AND CHAIN",
+    "end",
+    "INSERT INTO effects VALUES ('x', 9); ROLLBACK; INSERT INTO effects VALUES ('y', 9); COMMIT",
+    "/* a */ -- b\n abort",
+]
+CLIENT = "by a cursor that looks at nothing: "
+
+
+def parts(db: psycopg.Connection[Any], how: str) -> str:
+    affect(db, "paid")
+    try:
+        if how.startswith(CLIENT):
+            psycopg.ClientCursor(db).execute(how.removeprefix(CLIENT))
+        elif how == "commit()":
+            db.commit()
+        else:
+            db.execute(how)
+    except (RuntimeError, psycopg.Error):
+        if how == "commit()":
+            raise
+    affect(db, "paid again")
+    return "done"
+
+
+@workflow
+async def parted(ctx: Context, how: str) -> str:
+    await ctx.step.transaction("before", affect, "before")
+    try:
+        return str(await ctx.step.options(retry=ONCE).transaction("pay", parts, how))
+    except StepFailed as error:
+        return error.message
+
+
+@pytest.mark.parametrize("how", [*WAYS, *(CLIENT + way for way in WAYS), "commit()"])
+async def test_however_a_function_ends_its_transaction_there_is_no_effect_without_a_record(
+    url: str, db: psycopg.Connection[Any], how: str
+) -> None:
+    async with Engine(url, workflows=[parted]) as here:
+        said = await (await here.start(parted, how)).result(timeout=20)
+    found = effects(db)
+    if said == "done":
+        assert found == ["before", "paid", "paid again"], "it was refused and went on"
+    else:
+        assert "x" not in found
+        assert found in (["before"], ["before", "y"])  # a string of several statements is its function's own doing
+
+
+def test_words_that_end_a_transaction_are_found_and_others_not() -> None:
+    for text in (
+        "commit",
+        " ;END;",
+        "select 1; Rollback work",
+        "begin",
+        "start  transaction",
+        "prepare transaction 'x'",
+    ):
+        assert ending(text), text
+    for text in (
+        "ROLLBACK TO a", "rollback work to savepoint a", "SAVEPOINT begin", "SELECT 'a; commit'", "select 1 -- ; end",
+        "DO $$ BEGIN NULL; END $$", "RELEASE a", "SELECT CASE WHEN true THEN 1 END", 'SELECT 1 AS "; end"', "beginning",
+    ):  # fmt: skip
+        assert ending(text) is None, text
 
 
 @workflow

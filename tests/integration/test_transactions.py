@@ -191,6 +191,8 @@ async def test_what_would_fail_again_is_rolled_back_and_not_tried_again(folder: 
 
 @workflow
 async def parts(ctx: Context, how: str) -> str:
+    # What the connection has compiled for a step before must not serve this one.
+    await ctx.step.transaction("before", affect, "before")
     try:
         await ctx.step.options(retry=ONCE).transaction("pay", parting, how)
     except StepFailed as error:
@@ -213,12 +215,15 @@ def parting(db: sqlite3.Connection, how: str) -> None:
         db.execute(how)
 
 
-@pytest.mark.parametrize("how", ["with", "commit", "rollback", "close", "script", "auto", "COMMIT", "END", "ROLLBACK"])
+ENDS = ["COMMIT", "END", "ROLLBACK", "BEGIN IMMEDIATE", "COMMIT /* mine */"]
+
+
+@pytest.mark.parametrize("how", ["with", "commit", "rollback", "close", "script", "auto", *ENDS])
 async def test_a_function_cannot_end_its_transaction(folder: Path, how: str) -> None:
     async with engine(folder, parts) as here:
         message = await (await here.start(parts, how)).result(timeout=10)
     assert message == "not authorized" or "together with the record" in message
-    assert effects(folder) == []
+    assert effects(folder) == ["before"]
 
 
 def savepoints(db: sqlite3.Connection) -> None:

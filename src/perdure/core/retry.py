@@ -66,6 +66,13 @@ class Retry:
         keep(self, "retry_if", retry_if)
 
 
+def retry_given(given: Any, what: str) -> Retry:
+    """A `Retry`; TypeError for anything else. what: the setting, for the error's text."""
+    if not isinstance(given, Retry):
+        raise TypeError(f"{what} takes a Retry. {given!r} is none. Pass one, such as Retry(max_attempts=5).")
+    return given
+
+
 def backoff(retry: Retry, attempt: int, *, spread: float) -> timedelta | None:
     """How long to wait before trying again, or None to give up.
 
@@ -130,7 +137,8 @@ def exception_types(
     given: type[BaseException] | Iterable[type[BaseException]], what: str
 ) -> tuple[type[BaseException], ...]:
     """One exception type, or several, as a tuple. what: the setting, for the error's text."""
-    types: tuple[Any, ...] = (given,) if isinstance(given, type) else tuple(given)
+    whole: Any = given  # Callers are not all type-checked.
+    types: tuple[Any, ...] = tuple(whole) if isinstance(whole, Iterable) and not isinstance(whole, type) else (whole,)
     for item in types:
         if not isinstance(item, type) or not issubclass(item, BaseException):
             raise TypeError(

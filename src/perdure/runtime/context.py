@@ -25,7 +25,7 @@ from perdure.core.codec import plan
 from perdure.core.errors import Cancelled, Evicted, NoTransactions, Unwinding, timed_out
 from perdure.core.limits import Limits, check_id
 from perdure.core.match import CANCELLED, DONE, Line, Op
-from perdure.core.retry import duration, instant, micros, moment
+from perdure.core.retry import duration, exception_types, instant, micros, moment, retry_given
 from perdure.runtime import inside, steps
 from perdure.runtime.loop import RunLoop, StepWait
 from perdure.runtime.registry import Activity, Workflow
@@ -192,7 +192,9 @@ class _Asking:
             if name in ("timeout", "total_timeout"):
                 value = duration(value, f"{name}=", zero=False)
             elif name == "raises":
-                value = (value,) if isinstance(value, type) else tuple(value)
+                value = exception_types(value, "raises=")
+            elif name == "retry":
+                value = retry_given(value, "retry=")
             elif name == "parent_close" and value not in ("cancel", "abandon"):
                 raise ValueError(f'parent_close={value!r} is not known. It is "cancel" or "abandon".')
             elif name in ("id", "queue"):

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from perdure.core.limits import check_name
-from perdure.core.retry import Retry, duration
+from perdure.core.retry import Retry, duration, exception_types, retry_given
 from perdure.core.signature import result_plan, signature_of
 
 P = ParamSpec("P")
@@ -66,7 +66,7 @@ class Workflow(Generic[P, R]):
         self.name = check_name(name if name is not None else fn.__name__, "the name of a workflow")
         self.queue = check_name(queue, "queue=")
         self.timeout = None if timeout is None else duration(timeout, "timeout=", zero=False)
-        if on_failure is not None or (retry is not None and retry.max_attempts != 1):
+        if on_failure is not None or (retry is not None and retry_given(retry, "retry=").max_attempts != 1):
             raise ValueError(
                 f"@workflow(on_failure=…) and a second attempt of a whole run come with a later version (given for "
                 f"{self.name}). A run has one attempt now, its steps have their own Retry. Catch StepFailed in the "
@@ -107,10 +107,10 @@ class Activity(Generic[P, R]):
         self.fn = fn
         self.name = check_name(name if name is not None else fn.__name__, "the name of an activity")
         self.queue = None if queue is None else check_name(queue, "queue=")
-        self.retry = retry if retry is not None else Retry()
+        self.retry = retry_given(retry, "retry=") if retry is not None else Retry()
         self.timeout = None if timeout is None else duration(timeout, "timeout=", zero=False)
         self.total_timeout = None if total_timeout is None else duration(total_timeout, "total_timeout=", zero=False)
-        self.raises = (raises,) if isinstance(raises, type) else tuple(raises)
+        self.raises = exception_types(raises, "raises=")
         self.place = place_of(fn)
         self.signature = signature_of(fn, name=self.name, context=False)
         self.returns = result_plan(fn)

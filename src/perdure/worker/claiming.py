@@ -160,6 +160,8 @@ class Housekeeper:
     def step(self) -> int:
         """One round; how many runs it moved."""
         reaped = self.store.reap()
+        if reaped.workers or reaped.runs:
+            self.shift.reaped_at = self.shift.monotonic()
         if reaped.runs:
             log.info("%d runs of %d dead workers were handed back", reaped.runs, reaped.workers)
             self.store.wake()

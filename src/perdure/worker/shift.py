@@ -131,6 +131,7 @@ class Shift:
         self.activities: dict[int, ActivityRun] = {}
         self.executing = 0
         self.draining = False
+        self.reaped_at = self.monotonic()  # when a dead worker was found here, or this one began
         self.closed = False
         self.last_stack = ""
         self.incarnation = ""

@@ -35,6 +35,10 @@ log = logging.getLogger("perdure.worker")
 
 SIDE_BY_SIDE: Final = 4
 """Children at once: one whose run loops for ever must not keep the other suspects waiting."""
+LOOK_SOON, LOOK_SELDOM = 0.25, 5.0
+"""Seconds between two looks whether a run that killed two workers waits."""
+NEAR: Final = 10.0
+"""Seconds for which it is looked for often when a worker has begun or has died."""
 MOST_FAILURES: Final = 3
 """So many children in a row that ended without taking a run: then this process takes suspects itself."""
 FIRST_BACK_OFF: Final = 1.0
@@ -222,6 +226,11 @@ class Suspects:
             child.ask_to_stop()
         log.warning("a run that killed two workers is to be executed alone, in process %d", child.process.pid)
         return 1
+
+    def pause(self) -> float:
+        """Seconds until the next look: often while one may be near, because somebody has died or a child is at work."""
+        near = self.children or self.shift.monotonic() - self.shift.reaped_at < NEAR
+        return LOOK_SOON if near else LOOK_SELDOM
 
     def ask_to_stop(self) -> None:
         """The worker drains, and so do its children. Twice is once."""

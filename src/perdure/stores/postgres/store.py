@@ -387,6 +387,7 @@ class PostgresStore:
                 beats=[beat for beat, _ in dead.values()],
                 backends=[backend for _, backend in dead.values()],
             )
+            ask("end_steps")
             runs = len(ask("hand_back_struck", number=limit))
             ask("close_graves", now=now)
         for (incarnation,) in buried:
@@ -475,9 +476,8 @@ class PostgresStore:
 
     def suspects(self, claim: Claim) -> bool:
         scope = _scope(claim.namespace, claim.queues, claim.workflows, claim.activities)
-        with self._transaction() as ask:
-            ask("settle")
-            return bool(ask("suspects", **scope, now=self._clock())[0][0])
+        # What only unread mail would make due is settled by whoever claims.
+        return bool(self._ask("suspects", **scope, now=self._clock())[0][0])
 
     def overdue(self, *, limit: int = 100) -> list[Row]:
         seen, self._overdue = self._overdue, None
@@ -585,9 +585,9 @@ class PostgresStore:
     def _connect_writer(self) -> tuple[psycopg.Connection[Any], bool]:
         return self._connect("writer"), self._pooled
 
-    def _connect_for_step(self) -> tuple[psycopg.Connection[Any], bool]:
-        """A session that is as its function would make it: none of our settings."""
-        db = self._address.connect(name="step")
+    def _connect_for_step(self, owner: str) -> tuple[psycopg.Connection[Any], bool]:
+        """A session as its function would make it, with none of our settings. Its name says whose steps it serves."""
+        db = self._address.connect(name=f"step {owner}")
         try:
             connections.ask_server(db, self.url)
         except BaseException:

@@ -7,13 +7,14 @@ object each time, over a session that is used again; when the step is over, the 
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import psycopg
-from psycopg import pq
+from psycopg import pq, sql
 
 from perdure.core.errors import RolledBack
 from perdure.core.turn import Turn, TurnVerdict, Unstorable
@@ -45,17 +46,66 @@ OWN_END: Final = (
 )
 
 
+_QUOTED: Final = re.compile(
+    r"""'(?:[^']|'')*' | "[^"]*" | \$(\w*)\$.*?\$\1\$ | --[^\n]* | /\*.*?\*/""", re.DOTALL | re.VERBOSE
+)
+_ENDS: Final = re.compile(
+    r"""(?:^|;)\s*(
+        commit | end | abort | begin | start\s+transaction | prepare\s+transaction
+        | rollback (?! \s+ (?:(?:work|transaction)\s+)? to\b )
+    )\b""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def ending(text: str) -> str | None:
+    """The words in this SQL by which a transaction would be ended or begun, if there are any: also behind a `;`."""
+    found = _ENDS.search(_QUOTED.sub(" ", text))
+    return found[1].upper() if found else None
+
+
+class StepCursor(psycopg.Cursor[Any]):
+    """A cursor that refuses what would end the transaction."""
+
+    def execute(self, query: Any, *args: Any, **named: Any) -> Any:
+        self._look(query)
+        return super().execute(query, *args, **named)
+
+    def executemany(self, query: Any, *args: Any, **named: Any) -> Any:
+        self._look(query)
+        return super().executemany(query, *args, **named)
+
+    def stream(self, query: Any, *args: Any, **named: Any) -> Any:
+        self._look(query)
+        return super().stream(query, *args, **named)
+
+    def _look(self, query: Any) -> None:
+        text = query.as_string(self) if isinstance(query, sql.Composable) else query
+        words = ending(text.decode(errors="replace") if isinstance(text, bytes) else str(text))
+        if words is not None:
+            raise RuntimeError(OWN_END.format(words))
+
+
 class StepConnection(psycopg.Connection[Any]):
     """What the function of a transaction step gets: a `psycopg.Connection` that does not end its transaction."""
 
     _pool = None  # the session is given back, not closed, when this object goes
     _over: RolledBack | None = None
+    _parted: RolledBack
 
     def wait(self, *args: Any, **named: Any) -> Any:
         """Every call of the connection and its cursors comes through here."""
         if self._over is not None:
             raise self._over
-        return super().wait(*args, **named)
+        try:
+            return super().wait(*args, **named)
+        finally:
+            self._look()
+
+    def _look(self) -> None:
+        """However a function has ended its transaction: what it does from then on would have no record."""
+        if self._over is None and self.pgconn.transaction_status == pq.TransactionStatus.IDLE:
+            self._over = self._parted
 
     def commit(self) -> None:
         raise RuntimeError(OWN_END.format("commit()"))
@@ -73,8 +123,9 @@ class StepConnection(psycopg.Connection[Any]):
 class Session:
     """A connection of the server that steps use one after the other."""
 
-    def __init__(self, db: psycopg.Connection[Any], *, pooled: bool) -> None:
+    def __init__(self, db: psycopg.Connection[Any], owner: str, *, pooled: bool) -> None:
         self.db: Final = db
+        self.owner: Final = owner
         self.pipe: Final = Pipe(db.pgconn, keeps_statements=not pooled)
         self._cleaning = False
 
@@ -98,6 +149,8 @@ class StepTransaction:
     def __init__(self, steps: Steps, session: Session, turn: Turn) -> None:
         self.connection = StepConnection(session.db.pgconn)
         self.connection.prepare_threshold = None  # its names would meet those of the step before
+        self.connection.cursor_factory = StepCursor
+        self.connection._parted = steps.over("its function ended it")
         self._steps = steps
         self._session = session
         self._turn = turn
@@ -135,6 +188,8 @@ class StepTransaction:
                 self._end(self._steps.over("it could not be committed"), keep=False)
                 if gone:
                     raise translate(error, url) from error
+                if isinstance(error, psycopg.errors.DivisionByZero):
+                    raise connection._parted from None
                 raise
             self._end(self._steps.over("it is committed"), keep=True)
 
@@ -166,14 +221,14 @@ class StepTransaction:
 class Steps:
     """The transactions of one store's steps.
 
-    connect: a new connection, and whether it is pooled. clock: of the store.
+    connect: a new connection for the steps of an owner, and whether it is pooled. clock: of the store.
     """
 
     def __init__(
         self,
         url: str,
         *,
-        connect: Callable[[], tuple[psycopg.Connection[Any], bool]],
+        connect: Callable[[str], tuple[psycopg.Connection[Any], bool]],
         statements: Mapping[str, Statement],
         clock: Callable[[], int],
     ) -> None:
@@ -202,7 +257,7 @@ class Steps:
     def _begin(self, turn: Turn) -> StepTransaction | TurnVerdict:
         tries = 0
         while True:
-            session = self._take()
+            session = self._take(turn.owner or "")
             try:
                 return self._fenced(session, turn)
             except PACKING_ERRORS as error:
@@ -275,12 +330,18 @@ class Steps:
         self._lock, self._room, self._idle = threading.Lock(), threading.Semaphore(MOST), []
         return held
 
-    def _take(self) -> Session:
+    def _take(self, owner: str) -> Session:
+        old = None
         with self._lock:
             if self._idle:
-                return self._idle.pop()
-        db, pooled = self._connect()
-        return Session(db, pooled=pooled)
+                old = self._idle.pop()
+        if old is not None and old.owner == owner:
+            return old
+        if old is not None:
+            # Of an incarnation before: whoever ends that one's sessions would end this step.
+            old.db.close()
+        db, pooled = self._connect(owner)
+        return Session(db, owner, pooled=pooled)
 
     def _put(self, session: Session) -> None:
         with self._lock:

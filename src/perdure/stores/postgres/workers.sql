@@ -15,6 +15,12 @@ WHERE worker.dead = 0 AND (
 )
 RETURNING worker.incarnation;
 
+-- name: end_steps
+-- End the sessions in which dead workers' transaction steps are open: nobody else can have their runs before.
+SELECT count(pg_terminate_backend(backend.pid)) FROM perdure.workers AS worker
+JOIN pg_stat_activity AS backend ON backend.application_name = 'perdure step ' || worker.incarnation
+WHERE worker.dead = 1 AND backend.datname = current_database() AND backend.usename = current_user;
+
 -- name: close_graves
 -- Who has been dead for an hour and owns nothing will never be given anything: no transaction of its time is open.
 UPDATE perdure.workers AS worker SET dead = 2

@@ -31,6 +31,11 @@ LOOK: Final = 0.1
 """Seconds between two looks at whether the limit has passed; they end a while after the last transaction."""
 IDLE_LOOKS: Final = 50
 TRANSACTION: Final = 22  # SQLITE_TRANSACTION, named in `sqlite3` since Python 3.11
+# Texts that no function gives: SQLite asks who may end the transaction when it compiles a statement, and a connection
+# that is used again keeps those that it has compiled.
+BEGIN: Final = "BEGIN IMMEDIATE /* of a step */"
+COMMIT: Final = "COMMIT /* with its record */"
+ROLLBACK: Final = "ROLLBACK /* of a step */"
 OWN_END: Final = (
     "The transaction of a step is committed by Perdure, together with the record that the step was made, or rolled "
     "back when its function raises. {} would part the two. Leave it out; use SAVEPOINT to undo a part."
@@ -242,14 +247,14 @@ class StepTransaction:
         for seq, event in enumerate(events, start=turn.first_seq):
             values += (turn.run, seq, event)
         insert_events.run(db, values)
-        db.execute("COMMIT")
+        db.execute(COMMIT)
 
     def _leave(self, *, keep: bool) -> None:
         """Roll back what is not committed, give the connection back or close it, and let the next writer in."""
         db = self.connection
         try:
             if db.in_transaction:
-                Plain(db).execute("ROLLBACK")
+                Plain(db).execute(ROLLBACK)
             if threading.get_ident() != self.thread:
                 # The function may still use it: whatever it finds to write with, nothing is written. It is closed
                 # when the function has returned.
@@ -352,7 +357,7 @@ class Steps:
             db.set_progress_handler(guard.goes_on, 10_000)
         try:
             plain = Plain(db)
-            plain.execute("BEGIN IMMEDIATE")
+            plain.execute(BEGIN)
             writing = Writing(plain, self._clock())
             try:
                 writing.write(Batch(turns=[turn]))
@@ -369,7 +374,7 @@ class Steps:
             else:
                 step = db._guard.step = StepTransaction(db, turn, held.pop_all(), self._take_back)
                 return step
-            plain.execute("ROLLBACK")
+            plain.execute(ROLLBACK)
             self._idle = db
             return verdict
         except BaseException:
