@@ -316,11 +316,13 @@ async def test_a_function_that_was_given_up_holds_none_of_the_threads(tmp_path: 
         assert shift is not None
         handles = [await opened.start(blocked) for _ in range(6)]
         assert [await handle.result(timeout=60) for handle in handles] == ["after"] * 6
-        assert ledger.lines.count("blocking began") == 6
+        # One that was out of time before its thread came to it is never called.
+        began = ledger.lines.count("blocking began")
+        assert 1 <= began <= 6
         await until(lambda: shift.threads.busy == 0, "all threads")
         assert (shift.executor.in_threads, shift.executing) == (0, 0)
         ledger.release.set()
-        await until(lambda: ledger.lines.count("blocking ended") == 6, "the functions' end")
+        await until(lambda: ledger.lines.count("blocking ended") == began, "the functions' end")
         assert await (await opened.start(blocked)).result(timeout=60) == "not given up"
         await until(lambda: shift.threads.busy == 0, "all threads again")
 

@@ -32,6 +32,7 @@ from perdure.stores.opening import open_store
 from perdure.stores.postgres import PostgresStore, connections, migrations
 from perdure.stores.postgres.judging import Ask
 from perdure.stores.postgres.pipe import REPLANNED, Pipe
+from perdure.stores.postgres.transaction import StepTransaction
 from perdure.testing.conformance.story import EVENT, NAMESPACE, Clock, announce, claiming, held, row, sending, started
 from perdure.testing.conformance.story import signal as message
 from tests import servers
@@ -464,6 +465,24 @@ def test_what_a_stopped_process_is_about_to_claim_others_get(
         assert row(other, run).owner == "other"
     finally:
         stopped.close()
+
+
+def test_a_worker_that_stands_still_in_a_transaction_step_does_not_keep_its_run(opened: Open) -> None:
+    stopped, other = opened(hints=False), opened(hints=False)
+    announce(stopped, "stopped", ttl=500_000)
+    announce(other, "other")
+    holder = held(stopped, "order-1", "stopped")
+    step = stopped.transaction(holder.turn(progress=True))
+    assert isinstance(step, StepTransaction)
+    until = time.monotonic() + 60
+    while not (heads := claiming(other, "other")):
+        assert time.monotonic() < until, "nobody gets it"
+        time.sleep(0.05)
+        other.reap()
+    assert [head.row.key for head in heads] == [holder.run]
+    with pytest.raises(StoreUnavailable):
+        step.commit([EVENT])
+    assert row(other, holder.run).owner == "other"
 
 
 def test_without_hints_only_the_lease_tells(opened: Open, database: servers.Database, schema: str) -> None:
