@@ -601,3 +601,48 @@ async def test_what_fails_for_ever_is_not_tried_for_ever(tmp_path: Path) -> None
         with pytest.raises(RunFailed):
             await (await it.options(timeout=timedelta(seconds=10)).start(failing)).result(timeout=60)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"retry": 5}, "retry= takes a Retry"),
+        ({"raises": ("x",)}, "raises= takes exception types"),
+        ({"raises": 5}, "5 is none"),
+    ],
+)
+async def test_a_policy_of_a_wrong_type_is_refused_at_the_call(tmp_path: Path, given: Any, says: str) -> None:
+    async def fails() -> None:
+        raise ValueError("no")
+
+    with pytest.raises(TypeError, match=says):
+        activity(**given)(fails)
+
+    @workflow
+    async def calls(ctx: Context) -> str:
+        try:
+            await ctx.step.options(**given).run("fails", fails)
+        except TypeError as error:
+            return str(error)
+        return "accepted"
+
+    async with engine(tmp_path, calls) as here:
+        assert says in await (await here.start(calls)).result(timeout=20)
+
+
+def test_a_retry_of_a_workflow_is_one() -> None:
+    async def flow(ctx: Context) -> None: ...
+
+    given: Any = 5
+    with pytest.raises(TypeError, match="retry= takes a Retry"):
+        workflow(retry=given)(flow)
+
+
+async def test_an_unknown_workflow_is_told_what_there_is_once(tmp_path: Path) -> None:
+    @workflow
+    async def known(ctx: Context) -> None: ...
+
+    async with engine(tmp_path, known) as here:
+        with pytest.raises(UnknownWorkflow) as told:
+            await here.start("nope")
+    assert told.value.known == ("known",)

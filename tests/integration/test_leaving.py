@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from perdure import Client, Context, Engine, MemoryStore, StoreUnavailable, Worker, activity, workflow
+from perdure import Client, Context, Engine, MemoryStore, StoreLocked, StoreUnavailable, Worker, activity, workflow
 from perdure.core.turn import Announcement, Batch, Busy, Lease, MoreMail, Turn, Verdict
 
 
@@ -123,3 +123,22 @@ async def test_what_was_executed_is_written_before_the_worker_leaves(kind: str, 
         await again.stop()
         await serving
     assert executed == ["effect" if kind == "workflow" else "remote"]
+
+
+class Locked(MemoryStore):
+    """Just when a worker comes, somebody else holds the lock."""
+
+    def announce(self, announcement: Announcement) -> Lease:
+        raise StoreLocked("The store is locked. Somebody else writes. Wait for them.")
+
+
+async def test_who_cannot_come_says_why() -> None:
+    with pytest.raises(StoreLocked, match="Somebody else writes"):
+        async with Engine(Locked(), workflows=[hello]):
+            pytest.fail("it has come")
+    with pytest.raises(StoreLocked, match="Somebody else writes"):
+        await Worker(Locked(), workflows=[hello]).run()
+    engine = Engine(Locked(), workflows=[hello])
+    with pytest.raises(StoreLocked):
+        await engine.start(hello)
+    await engine.close()

@@ -7,11 +7,12 @@ parent as its stdin: when the parent is killed, the pipe ends and the children s
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Final
 
@@ -30,8 +31,9 @@ _LOOK: Final = 0.1
 class Child:
     """One place for a worker process, and the process that is in it."""
 
-    def __init__(self, line: Sequence[str]) -> None:
+    def __init__(self, line: Sequence[str], environment: Mapping[str, str]) -> None:
         self._line = line
+        self._environment = environment
         self._deaths = 0
         self.again_at: float | None = None
         self.start()
@@ -40,7 +42,9 @@ class Child:
         """Put a new process into the place."""
         self.again_at = None
         self._since = time.monotonic()
-        self.process = subprocess.Popen(self._line, stdin=subprocess.PIPE, start_new_session=True)
+        self.process = subprocess.Popen(
+            self._line, stdin=subprocess.PIPE, start_new_session=True, env={**os.environ, **self._environment}
+        )
 
     def died(self, now: float) -> float:
         """It ended unasked: the seconds to wait before the next one."""
@@ -62,10 +66,14 @@ class Child:
 
 
 class Processes:
-    """`count` children that run `line`. patience: seconds after a signal until those that are left are killed."""
+    """`count` children that run `line`, with this added to the environment.
 
-    def __init__(self, line: Sequence[str], count: int, *, patience: float) -> None:
+    patience: seconds after a signal until those that are left are killed.
+    """
+
+    def __init__(self, line: Sequence[str], environment: Mapping[str, str], count: int, *, patience: float) -> None:
         self._line = line
+        self._environment = environment
         self._count = count
         self._patience = patience
         self._stopping = threading.Event()
@@ -75,7 +83,7 @@ class Processes:
         """Until a signal; 0 if every child drained, else 1."""
         before = {number: signal.signal(number, self._signalled) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self._children = [Child(self._line) for _ in range(self._count)]
+            self._children = [Child(self._line, self._environment) for _ in range(self._count)]
             while not self._stopping.wait(_LOOK):
                 self._mind()
             tell("Stopping: steps in flight may end. The next signal ends all processes at once.")

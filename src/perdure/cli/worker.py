@@ -20,7 +20,7 @@ from perdure.cli.options import Seconds, Where, common, usage
 from perdure.cli.words import json_text, say, tell
 from perdure.engine import GRACE, Worker
 from perdure.runtime.registry import Registry
-from perdure.stores.opening import open_store
+from perdure.stores.opening import VARIABLE, open_store
 
 BEYOND_GRACE: Final = 3.0
 """Seconds for what comes after the grace: the last commit, and giving the runs back."""
@@ -84,9 +84,10 @@ def command(
         # Looked at here once: what is wrong with the store is then said once, and it is made once.
         open_store(where.url).close()
         options = [*(f"--queue={queue}" for queue in queues), f"--concurrency={concurrency}", f"--threads={threads}"]
-        options += [f"--lease={lease}", f"--grace={grace}", f"--namespace={where.namespace}", f"--store={where.url}"]
+        options += [f"--lease={lease}", f"--grace={grace}", f"--namespace={where.namespace}"]
         line = [sys.executable, "-m", "perdure", "worker", *options, "--child", "--", *modules]
-        code = Processes(line, processes, patience=grace + BEYOND_GRACE + 1).run()
+        # Not on the command line, which everybody may read: there may be a password in it.
+        code = Processes(line, {VARIABLE: where.url}, processes, patience=grace + BEYOND_GRACE + 1).run()
         _report(where, registry, drained=code == 0)
         return code
     with usage():
