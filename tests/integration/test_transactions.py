@@ -402,6 +402,30 @@ async def test_a_function_that_holds_the_only_writer_too_long_loses_it(
     assert effects(folder) == ["other", "OTHER!", "OTHER!"]
 
 
+async def test_without_a_thread_that_minds_its_limit_there_is_no_transaction(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = transaction.Steps._keep_watch
+    tries: list[int] = []
+
+    def no_more_threads(self: transaction.Steps) -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            raise RuntimeError("can't start new thread")
+        kept(self)
+
+    monkeypatch.setattr(transaction.Steps, "_keep_watch", no_more_threads)
+    async with engine(folder, tries_again) as here:
+        assert await (await here.start(tries_again)).result(timeout=20) == "PAID"
+    assert effects(folder) == ["paid"]
+    assert len(tries) == 2
+
+
+@workflow
+async def tries_again(ctx: Context) -> str:
+    return await ctx.step.options(retry=AT_ONCE).transaction("pay", affect, "paid")
+
+
 def endless(db: sqlite3.Connection) -> int:
     affect(db, "x")
     rows = db.execute("WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n")

@@ -317,8 +317,13 @@ class Steps:
                 opened = self._fenced(turn, held)
             if isinstance(opened, StepTransaction):
                 self._open = opened
-                if not self._watched:
-                    self._keep_watch()
+                try:
+                    if not self._watched:
+                        self._keep_watch()
+                except BaseException:
+                    # No thread to be had: without its limit it must not hold the only writer.
+                    opened.roll_back()
+                    raise
             return opened
 
     @property
