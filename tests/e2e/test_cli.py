@@ -193,6 +193,15 @@ def test_a_failed_run_is_exit_1_and_shows_its_error(shell: Shell) -> None:
     assert "in refuse" in shown.out
     assert "\x1b" not in shown.out
     assert shell.ask("result", "f").code == 1
+    for again in (
+        shell.ask("result", "f", "--json"),
+        shell.do("run", "flows.py:fails", "--id", "f2", "--input", '"no"', "--json"),
+    ):
+        assert again.code == 1
+        assert json.loads(again.out)["status"] == "failed"
+    twice = shell.ask("list", "--status", "failed", "--status", "completed")
+    assert (twice.code, twice.out) == (2, "")
+    assert "more than once" in twice.err
 
 
 def test_a_run_that_is_interrupted_says_how_to_go_on(shell: Shell) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import click
 
@@ -18,16 +18,25 @@ from perdure.info import RunInfo, RunPage
 
 
 @click.command()
-@click.option("--status", type=click.Choice([status.value for status in Status]), help="Only runs that are this.")
+@click.option(
+    "--status",
+    "statuses",
+    multiple=True,
+    type=click.Choice([status.value for status in Status]),
+    help="Only runs that are this.",
+)
 @click.option("--workflow", metavar="NAME", help="Only runs of this workflow.")
 @click.option("--parent", metavar="RUN", help="Only children of this run.")
 @click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="Runs in a page.")
 @click.option("--cursor", metavar="CURSOR", help="The next page, as the page before said it.")
 @common
 def command(
-    where: Where, status: str | None, workflow: str | None, parent: str | None, limit: int, cursor: str | None
+    where: Where, statuses: Sequence[str], workflow: str | None, parent: str | None, limit: int, cursor: str | None
 ) -> None:
     """List runs, newest first. With --json one object per line, with the fields of RunInfo."""
+    if len(statuses) > 1:
+        raise click.UsageError("--status was given more than once. A page is of one status: ask once for each.")
+    status = statuses[0] if statuses else None
 
     async def read(client: Client) -> tuple[RunPage, dict[str, set[str]]]:
         with usage():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from perdure.cli.ended import told
 from perdure.cli.fields import fields_of, stored
 from perdure.cli.options import Seconds, Where, ask, common, usage
 from perdure.cli.words import json_text, say
@@ -21,7 +22,8 @@ def command(where: Where, run: str, timeout: float | None) -> None:
     async def wait(client: Client) -> RunInfo:
         with usage():
             handle = client.handle(run)
-        await handle.result(timeout=timeout)
+        async with told(where, handle):
+            await handle.result(timeout=timeout)
         return await handle.info()
 
     info = ask(where, wait)

@@ -15,6 +15,7 @@ import click
 
 from perdure.cli.aside import Aside, end_soon
 from perdure.cli.command import INTERRUPTED, NO_SUCCESS
+from perdure.cli.ended import told
 from perdure.cli.fields import fields_of, stored
 from perdure.cli.following import Follower
 from perdure.cli.inputs import Given, given, inputs
@@ -84,9 +85,10 @@ def command(
             handle = await _start(starting, workflow, args, kwargs)
             follower = Follower(core, handle, since=since)
             try:
-                return await _to_the_end(
-                    handle, follower, asked, timeout, lambda: _how_to_go_on(where, target, arguments, handle.id)
-                )
+                async with told(where, handle):
+                    return await _to_the_end(
+                        handle, follower, asked, timeout, lambda: _how_to_go_on(where, target, arguments, handle.id)
+                    )
             finally:
                 await follower.close()
         finally:
