@@ -35,7 +35,7 @@ log = logging.getLogger("perdure.worker")
 
 SIDE_BY_SIDE: Final = 4
 """Children at once: one whose run loops for ever must not keep the other suspects waiting."""
-LOOK_SOON, LOOK_SELDOM = 0.25, 5.0
+LOOK_SOON, LOOK_SELDOM = 0.25, 15.0
 """Seconds between two looks whether a run that killed two workers waits."""
 NEAR: Final = 10.0
 """Seconds for which it is looked for often when a worker has begun or has died."""
