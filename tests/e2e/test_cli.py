@@ -190,7 +190,10 @@ def test_a_failed_run_is_exit_1_and_shows_its_error(shell: Shell) -> None:
     assert "\x1b" not in said.err, "control characters are shown, not sent"
     shown = shell.ask("show", "f")
     assert "Traceback" in shown.out
-    assert "in refuse" in shown.out
+    step, run = shown.out.split('step "refuse", attempt 1:')[1].split("in fails", 1)
+    assert "in refuse" in step, "where the step's own function raised"
+    assert run
+    assert "in refuse" in shell.json("show", "f")["steps"][0]["failures"][0]["traceback"]
     assert "\x1b" not in shown.out
     assert shell.ask("result", "f").code == 1
     for again in (

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -232,6 +233,12 @@ def test_the_url_names_everything_but_secrets(database: servers.Database, schema
         again.close()
     finally:
         store.close()
+
+
+def test_a_url_that_cannot_be_read_shows_no_password() -> None:
+    with pytest.raises(NotAStore) as refused:
+        PostgresStore("postgresql://u:se%zzcret@127.0.0.1/db")
+    assert "zzcret" not in "".join(traceback.format_exception(refused.value))
 
 
 def test_a_password_that_changes_is_asked_for_at_every_connect(opened: Open) -> None:

@@ -11,11 +11,10 @@ import msgspec
 
 from perdure.cli.fields import fields_of, stored
 from perdure.cli.options import Where, ask, common, usage
-from perdure.cli.steps import Steps
+from perdure.cli.steps import Steps, traceback_of
 from perdure.cli.words import after, json_text, say, table, when
 from perdure.client import Client
 from perdure.core import stored as stored_
-from perdure.core.failure import RecordedError
 from perdure.info import RunInfo
 
 
@@ -44,7 +43,7 @@ def command(where: Where, run: str) -> None:
         made: Any = msgspec.to_builtins([asdict(step) for step in steps.by_id.values()])
         say(json_text({**fields_of(info), "steps": made, "why": why}))
         return
-    for line in [*_head(info), "", *step_lines(info, steps), *_tail(info, why)]:
+    for line in [*_head(info), "", *step_lines(info, steps), *_failures(steps), *_tail(info, why)]:
         say(line)
 
 
@@ -81,21 +80,23 @@ def step_lines(info: RunInfo, steps: Steps) -> Iterator[str]:
     yield from table(("step", "kind", "state", "attempts", "at", ""), rows)
 
 
+def _failures(steps: Steps) -> Iterator[str]:
+    """Where the last attempt of each step that has not succeeded failed."""
+    for step in steps.by_id.values():
+        if step.failures and step.state in ("failed", "retrying"):
+            last = step.failures[-1]
+            yield ""
+            yield f'step "{step.id}", attempt {last.attempt}:'
+            yield last.traceback
+
+
 def _tail(info: RunInfo, why: str) -> Iterator[str]:
     if info.error is not None:
         yield ""
-        yield from _error(info.error)
+        yield traceback_of(info.error)
     elif not info.status.ended:
         yield ""
         yield why
-
-
-def _error(error: RecordedError) -> Iterator[str]:
-    text = error.traceback.rstrip() or (f"{error.type}: {error.message}" if error.message else error.type)
-    yield text
-    if error.cause is not None:
-        yield "caused by"
-        yield from _error(error.cause)
 
 
 def _short(text: str) -> str:

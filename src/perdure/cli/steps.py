@@ -17,11 +17,12 @@ from perdure.core.waits import Waits
 
 @dataclass(slots=True, kw_only=True)
 class Failure:
-    """One attempt that failed. next_at: when it is tried again, None if never."""
+    """One attempt that failed. traceback: of its function, with its causes. next_at: the next try, None if never."""
 
     attempt: int
     at: datetime
     error: str
+    traceback: str
     next_at: datetime | None = None
 
 
@@ -69,6 +70,12 @@ class Step:
         return ""
 
 
+def traceback_of(error: RecordedError) -> str:
+    """Where an error was raised, and those that caused it; its words where that is not known."""
+    text = error.traceback.rstrip() or (f"{error.type}: {error.message}" if error.message else error.type)
+    return text if error.cause is None else f"{text}\ncaused by\n{traceback_of(error.cause)}"
+
+
 class Steps:
     """The steps of a run, in the order in which they were asked for; grows with `take`."""
 
@@ -98,13 +105,19 @@ class Steps:
             case ev.StepFailed():
                 step = self._local(event, "failed")
                 step.error = words_of(event.error)
-                step.failures.append(Failure(attempt=event.attempt, at=self.at, error=step.error))
+                step.failures.append(
+                    Failure(attempt=event.attempt, at=self.at, error=step.error, traceback=traceback_of(event.error))
+                )
             case ev.AttemptFailed():
                 step = self._local(event, "retrying")
                 step.ended_at = None
                 step.failures.append(
                     Failure(
-                        attempt=event.attempt, at=self.at, error=words_of(event.error), next_at=moment(event.retry_at)
+                        attempt=event.attempt,
+                        at=self.at,
+                        error=words_of(event.error),
+                        traceback=traceback_of(event.error),
+                        next_at=moment(event.retry_at),
                     )
                 )
             case ev.Sleep():

@@ -73,12 +73,12 @@ class Address:
     def __init__(self, url: str, *, password: str | Callable[[], str] | None, shown: Mapping[str, str]) -> None:
         try:
             self.parameters: Final[dict[str, Any]] = conninfo_to_dict(url)
-        except psycopg.ProgrammingError as error:
+        except psycopg.ProgrammingError:
             # Its text may repeat the URL, password and all.
             raise NotAStore(
                 "The store URL cannot be read as one of PostgreSQL. Perhaps a character in it must be percent-encoded, "
                 "or a parameter is unknown. It is written postgresql://user@host:5432/database?sslmode=verify-full."
-            ) from error
+            ) from None
         self._password = password
         self._trying = threading.Lock()
         self._pause = 0.0

@@ -29,7 +29,9 @@ RETRIED: Final = frozenset({"40001", "40P01"})
 _SAYING: Final[Mapping[str, tuple[type[StoreError], str]]] = {
     "08": (StoreUnavailable, "The connection was lost. What became of the last write is found out when asked again."),
     "25006": (StoreReadOnly, "It can only be read. A standby or a read-only role cannot be a store: name the primary."),
-    "25P": (StoreUnavailable, "It ended a connection whose transaction stood still. Nothing was written: try again."),
+    "25P02": (StoreError, "Its transaction has failed before. Nothing was written: roll it back."),
+    "25P03": (StoreUnavailable, "It ended a connection whose transaction stood still. Nothing was written: try again."),
+    "25P04": (StoreUnavailable, "It ended a transaction that took too long. Nothing was written: try again."),
     "28": (NotAStore, "It does not let us in. Mend the user, the password or the server's pg_hba.conf."),
     "3D000": (NotAStore, "There is no such database. Create it, or mend the URL."),
     "3F000": (NotAStore, "Its schema is gone. Create it with `perdure db upgrade`, or mend schema=."),
@@ -70,7 +72,7 @@ def translate(error: BaseException, url: str) -> StoreError:
             f"It cannot be reached, or the connection was lost. The driver says: {text}. Check that the server runs."
         )
     else:
-        found = next((state[:n] for n in (5, 3, 2) if state and state[:n] in _SAYING), None)
+        found = next((state[:n] for n in (5, 2) if state and state[:n] in _SAYING), None)
         if found is not None:
             kind, saying = _SAYING[found]
             saying = f"{saying} The server says: {text}."
