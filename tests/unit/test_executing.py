@@ -12,6 +12,7 @@ from perdure import activity
 from perdure.core.limits import Limits
 from perdure.runtime.drive_sync import BodyThreads
 from perdure.runtime.steps import NO_OPTIONS, LocalCall, Policy
+from perdure.worker import executing
 from perdure.worker.executing import Execution, Executor, StepInfo
 
 
@@ -42,6 +43,10 @@ async def on_loop() -> None:
     called.append("on_loop")
 
 
+def unexpected(one: Any, error: Exception) -> None:
+    raise error
+
+
 def execution(what: Any) -> Execution:
     call = LocalCall(what.fn, (), {}, Policy(what, NO_OPTIONS), Limits())
     done = lambda execution, value, error: told.append(execution.step)  # noqa: E731
@@ -54,7 +59,7 @@ async def test_a_function_withdrawn_in_time_is_never_called(what: Any, in_time: 
     called.clear()
     told.clear()
     threads = Threads()
-    executor = Executor(asyncio.get_running_loop(), threads)
+    executor = Executor(asyncio.get_running_loop(), threads, unexpected)
     attempt = execution(what)
     executor.begin(attempt)
     if in_time:
@@ -69,3 +74,51 @@ async def test_a_function_withdrawn_in_time_is_never_called(what: Any, in_time: 
     else:
         assert not attempt.withdraw()
         assert (called, told) == ([what.name], [what.name])
+
+
+class NoThreads(Threads):
+    """A system that gives no thread for a while."""
+
+    def __init__(self, refusals: int) -> None:
+        super().__init__()
+        self.limit = 2
+        self.refusals = refusals
+
+    def run(self, job: Callable[[], None]) -> Any:
+        if self.refusals:
+            self.refusals -= 1
+            raise RuntimeError("can't start new thread")
+        job()
+
+
+async def test_a_function_for_which_there_is_no_thread_waits_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executing, "ASK_AGAIN", 0)
+    called.clear()
+    told.clear()
+    executor = Executor(asyncio.get_running_loop(), NoThreads(3), unexpected)
+    for _ in range(4):
+        executor.begin(execution(in_thread))
+    while len(told) < 4:
+        await asyncio.sleep(0)
+    assert called == ["in_thread"] * 4
+    while executor.in_threads:
+        await asyncio.sleep(0)
+
+
+async def test_an_outcome_that_cannot_be_taken_is_told_of_and_costs_no_other() -> None:
+    told.clear()
+    failures: list[Any] = []
+    executor = Executor(asyncio.get_running_loop(), Threads(), lambda one, error: failures.append((one, str(error))))
+
+    class One:
+        def ended(self, execution: Execution, value: Any, error: BaseException | None) -> None:
+            raise MemoryError("no memory")
+
+    one, bad, good = One(), execution(on_loop), execution(on_loop)
+    bad.done = one.ended
+    executor.begin(bad)
+    executor.begin(good)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert failures == [(one, "no memory")]
+    assert told == ["on_loop"]

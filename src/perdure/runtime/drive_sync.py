@@ -13,12 +13,15 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Final
 
 from perdure.core.errors import Cancelled, Evicted, Suspended, Unwinding
 from perdure.core.match import LOCAL, Line, Op
 
 log = logging.getLogger("perdure.runtime")
+
+NO_THREAD: Final = (RuntimeError, MemoryError)
+"""What `Thread.start` raises where memory, or the number of threads, has run out."""
 
 
 class BodyThreads:
@@ -42,12 +45,13 @@ class BodyThreads:
         return self.busy == 0 and self.lost == 0
 
     def run(self, job: Callable[[], None]) -> _BodyThread:
-        """Run the job in a thread at once: in this one."""
+        """Run the job in a thread at once: in this one. `NO_THREAD`: the system gives none now."""
         with self._lock:
-            self.busy += 1
             thread = self._idle.pop() if self._idle else None
         if thread is None:
             thread = _BodyThread(self)
+        with self._lock:
+            self.busy += 1
         thread.give(job)
         return thread
 

@@ -102,6 +102,13 @@ class ChoosyStore(MemoryStore):
         return verdicts
 
 
+class Strict(Shift):
+    """A shift that is not meant to fail itself."""
+
+    def failed(self, one: Any, error: Exception) -> None:
+        raise error
+
+
 class Service:
     """See the module. faults: how likely each kind is: crash, rob, busy, refused, lost, and so on."""
 
@@ -138,7 +145,7 @@ class Service:
         self.loop = OrdinaryLoop(self.clock)  # type: ignore[abstract]  # the rest is refused at run time
         self.answers.clear()
         self.reads.clear()
-        self.shift = Shift(
+        self.shift = Strict(
             self.store,
             Registry(workflows=list(self.known.values())),
             Settings(resident=self.resident, lease=TTL, name="one"),

@@ -18,6 +18,7 @@ from perdure.core.waits import Wait, Waits, waits_text
 from perdure.runtime.steps import NO_OPTIONS, ActivityPolicy, LocalCall, Policy
 from perdure.worker.executing import Execution, StepInfo
 from perdure.worker.remote_end import StartPolicy, policy_of, telling_parent
+from perdure.worker.residents import Fence, fence_of
 
 if TYPE_CHECKING:
     from perdure.worker.shift import Shift
@@ -54,8 +55,6 @@ class ActivityRun:
     def __init__(self, shift: Shift, row: Row, mail: Sequence[Mail]) -> None:
         self.shift = shift
         self.row = row
-        self.version = row.version
-        self.last = row.turn
         self.attempt = row.attempt
         self.seen = [m.id for m in mail]
         self.cancelled = any(m.kind == "cancel" for m in mail)
@@ -63,6 +62,26 @@ class ActivityRun:
         self.execution: Execution | None = None
         self.flight: Turn | None = None
         shift.activities[row.key] = self
+
+    @property
+    def id(self) -> str:
+        """The activity's public id."""
+        return self.row.id
+
+    @property
+    def key(self) -> int:
+        """Its key in the store."""
+        return self.row.key
+
+    @property
+    def waits(self) -> str:
+        """What its row says it waits for."""
+        return self.row.waits
+
+    @property
+    def fence(self) -> Fence:
+        """What its next turn finds in the store."""
+        return fence_of(self.row)
 
     def begin(self) -> None:
         """Execute the attempt that is due, or end what was cancelled."""
@@ -91,7 +110,7 @@ class ActivityRun:
         assert execution is not None
         if execution.call.policy.timeout is not None:
             execution.timer = self.shift.loop.call_later(
-                execution.call.policy.timeout.total_seconds(), self._out_of_time, execution
+                execution.call.policy.timeout.total_seconds(), self.shift.safely, self, self._out_of_time, execution
             )
         self.shift.executor.begin(execution)
 
@@ -205,15 +224,9 @@ class ActivityRun:
         )
 
     def _commit(self, **facts: Any) -> None:
-        row = self.row
         self.flight = Turn(
-            run=row.key,
-            owner=self.shift.incarnation,
-            epoch=row.epoch,
-            version=self.version,
-            last=self.last,
+            **self.fence._asdict(),
             id=self.shift.turn_id(),
-            first_seq=row.history_events + 1,
             consumed=list(self.seen),
             **facts,
         )
@@ -223,7 +236,7 @@ class ActivityRun:
     def _answered(self, verdict: Any) -> None:
         turn = self.flight
         if isinstance(verdict, Busy) and turn is not None:
-            self.shift.loop.call_later(0.05, self._again, turn)
+            self.shift.loop.call_later(0.05, self.shift.safely, self, self._again, turn)
             return
         if not isinstance(verdict, Committed):
             log.debug("activity %s: %s", self.row.id, verdict)

@@ -17,7 +17,7 @@ from perdure.core.errors import PerdureError
 from perdure.core.turn import Batch, Claim, Head, Key, Turn
 from perdure.stores.contract import Store
 from perdure.worker.ending import end_without_code
-from perdure.worker.residents import put_aside
+from perdure.worker.residents import fence_of, put_aside
 from perdure.worker.shift import Shift
 
 log = logging.getLogger("perdure.worker")
@@ -59,7 +59,8 @@ class Watcher:
         while self._unreadable:
             head, error = self._unreadable[-1]
             log.error("run %s cannot be read: %s", head.row.id, error)
-            aside = put_aside(head.row, error, now=self.store.now(), turn_id=shift.turn_id())
+            row = head.row
+            aside = put_aside(fence_of(row), row.waits, error, now=self.store.now(), turn_id=shift.turn_id())
             self.store.write(Batch(turns=[aside]))
             self._unreadable.pop()
         return len(heads) + len(mail)
@@ -197,8 +198,9 @@ class Housekeeper:
         """
         shift = self.shift
         now = shift.monotonic()
-        if now < self._account_at and not self._strays:
+        if now < self._account_at and not self._strays and not shift.has_strays:
             return 0
+        shift.has_strays = False
         self._account_at = now + shift.settings.lease
         unknown = [
             key
@@ -233,7 +235,7 @@ class Housekeeper:
         self.shift.look_at_clock()
         for resident in list(self.shift.residents.values()):
             if resident.executions:
-                resident.name_long_steps()
+                self.shift.safely(resident, resident.name_long_steps)
 
 
 class Serving:

@@ -210,7 +210,7 @@ class Committer:
         assert incarnation is not None
         try:
             return self.store.mail(incarnation)
-        except PerdureError as error:
+        except Exception as error:
             # The batch is written; the safety poll brings the mail.
             log.warning("mail that was just written could not be read: %s", error)
             return ()
@@ -306,7 +306,12 @@ class CommitterThread:
         while True:
             self._wanted.get()
             while self.committer.waiting:
-                if not self._flush():
+                try:
+                    written = self._flush()
+                except Exception:
+                    log.exception("the committer failed and goes on")
+                    written = False
+                if not written:
                     # 50 ms doubling to 5 s: a store in trouble is not hammered.
                     pause = min(0.05 * 2 ** min(self.committer.tries, 10), 5.0)
                     deadline = time.monotonic() + pause
@@ -355,7 +360,11 @@ class Wire:
     def send(self) -> bool:
         """Send what waits; False if that would mean to wait."""
         taken = self.committer.take()
-        file = self._store.begin_at_once(taken.batch)
+        try:
+            file = self._store.begin_at_once(taken.batch)
+        except Exception:
+            log.exception("a batch could not be sent by the loop")
+            file = None
         if file is None:
             self.committer.put_back(taken)
             return False
@@ -377,7 +386,10 @@ class Wire:
             return
         if self._file >= 0:
             self._loop.remove_reader(self._file)
-        verdicts = self._store.finish_at_once()
+        try:
+            verdicts = self._store.finish_at_once()
+        except Exception as error:
+            verdicts = error
         if verdicts is None:
             self._read(self._finish, self._finished)
         else:

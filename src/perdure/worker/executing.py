@@ -12,6 +12,7 @@ import functools
 import inspect
 import logging
 import threading
+import time
 import types
 from collections import deque
 from collections.abc import Callable, Generator
@@ -19,7 +20,7 @@ from types import CoroutineType
 from typing import Any, Final
 
 from perdure.runtime.context import step_key
-from perdure.runtime.drive_sync import BodyThreads
+from perdure.runtime.drive_sync import NO_THREAD, BodyThreads
 from perdure.runtime.steps import LocalCall
 
 log = logging.getLogger("perdure.worker")
@@ -63,6 +64,9 @@ def current_step() -> StepInfo:
     return info
 
 
+ASK_AGAIN: Final = 0.1
+"""Seconds after which the system is asked again for what it could not give: a thread, a little memory."""
+
 Done = Callable[["Execution", Any, "BaseException | None"], None]
 
 _entering: Final = threading.Lock()
@@ -89,14 +93,10 @@ class Execution:
         self.entered = False  # its function was called, or never will be
         self.leave: Callable[[], None] | None = None  # gives the thread of its function up
 
-    def report(self, value: Any, error: BaseException | None) -> None:
-        """The function has ended, on the loop's thread."""
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
-        if not self.abandoned:
-            self.abandoned = True
-            self.done(self, value, error)
+    @property
+    def of(self) -> Any:
+        """The one whose method is told of its end."""
+        return getattr(self.done, "__self__", None)
 
     def enter(self) -> bool:
         """Asked by a thread that is about to call the function: whether it shall."""
@@ -129,17 +129,21 @@ class Executor:
 
     A task takes one async function after another, as long as each ends without having to wait; one that waits
     keeps its task, and another task goes on with the rest. So a step that does not wait costs no task of its own.
+
+    failed: called with the one whose method could not take an outcome, and why.
     """
 
-    def __init__(self, loop: Any, threads: BodyThreads) -> None:
+    def __init__(self, loop: Any, threads: BodyThreads, failed: Callable[[Any, Exception], None]) -> None:
         self.loop = loop
         self.threads = threads
+        self._failed = failed
         self._jobs: deque[Execution] = deque()
         self._runner_due = False
         self._ended: deque[tuple[Execution, Any, BaseException | None]] = deque()
         self._tell_due = False
         self._tasks: set[Any] = set()
-        self._waiting: list[tuple[Callable[[], None], Execution]] = []
+        self._waiting: deque[tuple[Callable[[], None], Execution]] = deque()
+        self._threadless = False
         self.in_threads = 0
 
     def begin(self, execution: Execution) -> None:
@@ -168,8 +172,8 @@ class Executor:
             if execution.abandoned:
                 continue
             execution.entered = True
-            context = execution.call.context.copy()
             try:
+                context = execution.call.context.copy()
                 coroutine, wanted = context.run(_begun, execution)
             except StopIteration as stop:
                 self._end(execution, stop.value, None)
@@ -216,18 +220,20 @@ class Executor:
     def _tell(self) -> None:
         self._tell_due = False
         ended = self._ended
-        try:
-            while ended:
-                execution, value, error = ended.popleft()
-                if execution.timer is not None:
-                    execution.report(value, error)
-                elif not execution.abandoned:
-                    execution.abandoned = True
-                    execution.done(execution, value, error)
-        finally:
-            if ended and not self._tell_due:
-                self._tell_due = True
-                self.loop.call_soon(self._tell)
+        while ended:
+            self.report(*ended.popleft())
+
+    def report(self, execution: Execution, value: Any, error: BaseException | None) -> None:
+        """A function has ended, on the loop's thread."""
+        if execution.timer is not None:
+            execution.timer.cancel()
+            execution.timer = None
+        if not execution.abandoned:
+            execution.abandoned = True
+            try:
+                execution.done(execution, value, error)
+            except Exception as wrong:
+                self._failed(execution.of, wrong)
 
     def _follow(self, execution: Execution, awaitable: Any) -> None:
         """Await what a sync function has returned, in the context that is current."""
@@ -258,16 +264,17 @@ class Executor:
 
         def run() -> None:
             call = execution.call
-            context = call.context.copy()
-            context.run(_current.set, execution.info)
+            context = call.context
             value: Any = None
             error: BaseException | None = None
             try:
+                context = context.copy()
+                context.run(_current.set, execution.info)
                 if execution.enter():
                     value = context.run(call.fn, *call.args, **call.kwargs)
             except BaseException as caught:
                 error = caught
-            self._soon(functools.partial(ended, context, value, error))
+            soon(self.loop, ended, context, value, error)
 
         def ended(context: contextvars.Context, value: Any, error: BaseException | None) -> None:
             if after is not None:
@@ -276,7 +283,7 @@ class Executor:
                 # A lambda that returns a coroutine: it belongs on the loop.
                 context.run(self._follow, execution, value)
             else:
-                execution.report(value, error)
+                self.report(execution, value, error)
 
         return run
 
@@ -284,7 +291,7 @@ class Executor:
         """Run a job in a thread, or as soon as one is free and its execution is still wanted."""
         if execution.abandoned:
             return
-        if self.in_threads >= self.threads.limit:
+        if self._threadless or self.in_threads >= self.threads.limit:
             self._waiting.append((job, execution))
             return
         self.in_threads += 1
@@ -294,7 +301,7 @@ class Executor:
             try:
                 job()
             finally:
-                self._soon(free)
+                soon(self.loop, free)
 
         def leave() -> None:
             # Abandoned with its function: another takes its place at once.
@@ -302,22 +309,44 @@ class Executor:
             free()
 
         execution.leave = leave
-        thread = self.threads.run(run)
+        try:
+            thread = self.threads.run(run)
+        except NO_THREAD as error:
+            log.warning('step "%s" waits for a thread: %s', execution.step, error)
+            execution.leave = None
+            self.in_threads -= 1
+            self._waiting.appendleft((job, execution))
+            self._threadless = True
+            self.loop.call_later(ASK_AGAIN, self._ask_for_threads)
 
     def _thread_free(self, execution: Execution) -> None:
         """A thread is free again, or was left to itself. Twice is once."""
-        if execution.leave is None:
-            return
-        execution.leave = None
-        self.in_threads -= 1
-        while self._waiting and self.in_threads < self.threads.limit:
-            self.in_thread(*self._waiting.pop(0))
+        if execution.leave is not None:
+            execution.leave = None
+            self.in_threads -= 1
+            self._next_in_threads()
 
-    def _soon(self, callback: Callable[[], Any]) -> None:
+    def _ask_for_threads(self) -> None:
+        self._threadless = False
+        self._next_in_threads()
+
+    def _next_in_threads(self) -> None:
+        while self._waiting and not self._threadless and self.in_threads < self.threads.limit:
+            self.in_thread(*self._waiting.popleft())
+
+
+def soon(loop: Any, callback: Callable[..., Any], *args: Any) -> None:
+    """Have the loop of another thread call something; nothing once it is closed."""
+    while True:
         try:
-            self.loop.call_soon_threadsafe(callback)
+            loop.call_soon_threadsafe(callback, *args)
+        except MemoryError:
+            # Nobody else would ever tell.
+            time.sleep(ASK_AGAIN)
+            continue
         except RuntimeError:
-            log.debug("a step ended after its engine was closed")
+            log.debug("%r came after the loop was closed", callback)
+        return
 
 
 def _begun(execution: Execution) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 from msgspec import UNSET, Raw
@@ -281,7 +281,7 @@ class Resident:
             self.play.restless = True
             self._come_alive(mail, again, resumed)
         else:
-            self.shift.loop.call_soon(self._replay, steps, mail, again, resumed)
+            self.shift.loop.call_soon(self.shift.safely, self, self._replay, steps, mail, again, resumed)
 
     def _come_alive(self, mail: Sequence[Mail], again: Sequence[Again], resumed: ev.Resumed | None) -> None:
         play = self.play
@@ -767,7 +767,7 @@ class Resident:
             self.shift.lost(self)
         else:  # Busy: the same turn again in a moment
             self.flight = (turn, gathered)
-            self.shift.loop.call_later(0.05, self._again, turn)
+            self.shift.loop.call_later(0.05, self.shift.safely, self, self._again, turn)
 
     def _again(self, turn: Turn) -> None:
         if not self.gone:
@@ -913,6 +913,21 @@ class Resident:
     # --- leaving memory -------------------------------------------------------------------------------
 
     @property
+    def id(self) -> str:
+        """The run's public id."""
+        return self.this.id
+
+    @property
+    def waits(self) -> str:
+        """What its row says it waits for."""
+        return self.written_waits
+
+    @property
+    def fence(self) -> Fence:
+        """What the next turn finds in the store, if nothing has come before it."""
+        return Fence(self.key, self.shift.incarnation, self.epoch, self.version, self.last, self.seq)
+
+    @property
     def parked(self) -> bool:
         """Whether it only waits, with nothing in flight, in hand or unacknowledged."""
         return (
@@ -980,22 +995,33 @@ def blocked_tries(waits: str) -> int:
     return read_waits(waits).tries
 
 
-def put_aside(row: Row, error: Exception, *, now: int, turn_id: str) -> Turn:
-    """The turn of a claimed run that cannot be brought into memory: it blocks, and is tried again later.
+class Fence(NamedTuple):
+    """What a turn must find in the store to take effect, and where its events go."""
 
-    By this worker, or by one that can: a newer version, other code.
+    run: int
+    owner: str | None
+    epoch: int
+    version: int
+    last: str
+    first_seq: int
+
+
+def fence_of(row: Row) -> Fence:
+    """For the next turn of a claimed run."""
+    return Fence(row.key, row.owner, row.epoch, row.version, row.turn, row.history_events + 1)
+
+
+def put_aside(fence: Fence, waits: str, error: Exception, *, now: int, turn_id: str) -> Turn:
+    """The turn of a run at which this worker failed: it blocks, and is tried again later.
+
+    By this worker, or by one that can: a newer version, other code, more memory. waits: those of its row.
     """
-    tries = blocked_tries(row.waits) + 1
+    tries = blocked_tries(waits) + 1
     return Turn(
-        run=row.key,
-        owner=row.owner,
-        epoch=row.epoch,
-        version=row.version,
-        last=row.turn,
+        **fence._asdict(),
         id=turn_id,
-        first_seq=row.history_events + 1,
         status="blocked",
         wake_at=now + back_off(tries),
-        waits=waits_text(Waits(blocked=str(error), tries=tries)),
+        waits=waits_text(Waits(blocked=str(error) or type(error).__name__, tries=tries)),
         release=True,
     )

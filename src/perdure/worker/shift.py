@@ -38,17 +38,17 @@ from perdure.core.turn import (
     Turn,
 )
 from perdure.runtime.context import ThisRun
-from perdure.runtime.drive_sync import BodyThreads, SyncDriver
+from perdure.runtime.drive_sync import NO_THREAD, BodyThreads, SyncDriver
 from perdure.runtime.registry import Registry
 from perdure.runtime.steps import ActivityPolicy
 from perdure.stores.contract import Store
 from perdure.worker import transacting
 from perdure.worker.activities import ActivityRun, start_policy
 from perdure.worker.committer import Committer
-from perdure.worker.executing import Execution, Executor
+from perdure.worker.executing import ASK_AGAIN, Execution, Executor, soon
 from perdure.worker.lease import Heartbeat
 from perdure.worker.remote_end import StartPolicy, policy_text
-from perdure.worker.residents import Outcome, Resident, out_of_time, put_aside
+from perdure.worker.residents import Fence, Outcome, Resident, fence_of, out_of_time, put_aside
 from perdure.worker.watchdog import Watched
 
 log = logging.getLogger("perdure.worker")
@@ -125,7 +125,7 @@ class Shift:
         self.spread = spread if spread is not None else _system_random.random
         self.now = store.now
         self.threads = BodyThreads(settings.threads)
-        self.executor = Executor(loop, self.threads)
+        self.executor = Executor(loop, self.threads, self.failed)
         self.residents: dict[int, Resident] = {}
         self.parked: set[int] = set()
         self.activities: dict[int, ActivityRun] = {}
@@ -149,6 +149,8 @@ class Shift:
         self.alone_with: int | None = None
         # Nothing is taken until nothing executes: a run that may only be executed alone has waited long enough.
         self.makes_way = False
+        # Whether runs were dropped here that may still be ours.
+        self.has_strays = False
         self._announced: dict[str, Announced] = {}
         self._announced_at = 0.0
         self.wants_room = False
@@ -242,10 +244,9 @@ class Shift:
         if self.draining:
             return
         self.draining = True
-        for resident in list(self.residents.values()):
-            resident.settle()
-        for activity in list(self.activities.values()):
-            activity.settle()
+        everything: list[Resident | ActivityRun] = [*self.residents.values(), *self.activities.values()]
+        for one in everything:
+            self.safely(one, one.settle)
 
     def close(self) -> None:
         """Leave: all runs leave memory. Twice is once."""
@@ -274,11 +275,9 @@ class Shift:
             elif self.alone_with == head.row.key:
                 self.no_longer_alone()
         for message in mail:
-            owned = self.residents.get(message.run)
+            owned = self.residents.get(message.run) or self.activities.get(message.run)
             if owned is not None:
-                owned.post(message)
-            elif message.run in self.activities:
-                self.activities[message.run].post(message)
+                self.safely(owned, owned.post, message)
 
     def _take_up(self, head: Head, events: Sequence[ev.Event]) -> None:
         """Bring a claimed run into memory; one that cannot be is put aside, and costs its neighbours nothing."""
@@ -297,8 +296,12 @@ class Shift:
         except Exception as error:
             log.exception("run %s cannot be taken up", row.id)
             self._let_go(row.key)
-            self.committer.turn(put_aside(row, error, now=self.now(), turn_id=self.turn_id()), lambda verdict: None)
-            self.kick()
+            self._put_aside(fence_of(row), row.waits, error)
+
+    def _put_aside(self, fence: Fence, waits: str, error: Exception) -> None:
+        turn = put_aside(fence, waits, error, now=self.now(), turn_id=self.turn_id())
+        self.committer.turn(turn, lambda verdict: None)
+        self.kick()
 
     def _let_go(self, key: int) -> None:
         """Drop whatever is in memory of a run."""
@@ -326,7 +329,7 @@ class Shift:
         )
         resident = Resident(self, this, key=key, epoch=1, version=version, last="", seed=start.seed, input=start.input)
         self.residents[key] = resident
-        resident.live(started)
+        self.safely(resident, resident.live, started)
 
     def _answer(self, answers: list[tuple[Callable[[Any], None], Any]], mail: Sequence[Mail]) -> None:
         if _get_running_loop() is self.loop:
@@ -340,16 +343,42 @@ class Shift:
         self.lease_sure = self.heartbeat is not None and self.heartbeat.valid
         self.answered_at = self.now()
         for answer, verdict in answers:
-            answer(verdict)
+            try:
+                answer(verdict)
+            except Exception as error:
+                self.failed(getattr(answer, "__self__", None), error)
         self.lease_sure = False
         if mail:
             self.received((), mail)
 
     def _soon(self, callback: Callable[..., Any], *args: Any) -> None:
+        soon(self.loop, callback, *args)
+
+    # --- what goes wrong here ---------------------------------------------------------------------------
+
+    def safely(self, one: Resident | ActivityRun, act: Callable[..., None], *args: Any) -> None:
+        """Have something done for one run; what goes wrong in it costs the others nothing."""
         try:
-            self.loop.call_soon_threadsafe(callback, *args)
-        except RuntimeError:
-            log.debug("an answer came after the loop was closed")
+            act(*args)
+        except Exception as error:
+            self.failed(one, error)
+
+    def failed(self, one: Any, error: Exception) -> None:
+        """Our own code failed at a run: a bug, or no memory. It is put aside, and tried again elsewhere or later.
+
+        Nothing of it is lost: what was not acknowledged is done again from its last commit.
+        """
+        if not isinstance(one, (Resident, ActivityRun)):
+            log.error("an answer could not be taken", exc_info=error)
+            return
+        log.error("run %s failed in this worker, not by its own code, and is put aside", one.id, exc_info=error)
+        if one.gone:
+            return
+        fence, waits = one.fence, one.waits
+        # It stays ours if a turn that is under way comes first.
+        self.has_strays = True
+        self._let_go(one.key)
+        self._put_aside(fence, waits, error)
 
     # --- what residents ask ----------------------------------------------------------------------------
 
@@ -459,7 +488,7 @@ class Shift:
                 if self.threads.short:
                     resident.play.unwind()
                 else:
-                    self.loop.call_later(UNWIND_AFTER, self._unwind, resident, resident.version)
+                    self.loop.call_later(UNWIND_AFTER, self.safely, resident, self._unwind, resident, resident.version)
         else:
             self.parked.discard(resident.key)
 
@@ -524,8 +553,9 @@ class Shift:
             if isinstance(result, StoreError):
                 log.warning("run %s could not be read again: %s", resident.this.id, result)
                 self.dropped(resident)
-                return
-            then(*result)
+                self.has_strays = True
+            else:
+                self.safely(resident, then, *result)
 
         self._read(read, done)
 
@@ -535,9 +565,16 @@ class Shift:
                 result = read()
             except StoreError as error:
                 result = error
+            except Exception as error:
+                log.exception("a read failed")
+                result = StoreError(f"A read of {self.store.url} failed with {type(error).__name__}: {error}.")
             self._soon(done, result)
 
-        threading.Thread(target=run, name="perdure-reader", daemon=True).start()
+        try:
+            threading.Thread(target=run, name="perdure-reader", daemon=True).start()
+        except NO_THREAD as error:
+            log.warning("a read waits for a thread: %s", error)
+            self.loop.call_later(ASK_AGAIN, self._read_in_thread, read, done)
 
     def watching(self, resident: Resident) -> Watched:
         """Arm the watchdog while a run's code is inside."""
@@ -575,7 +612,7 @@ class Shift:
         while self._timers and self._timers[0][0] <= now:
             at, _, resident = heapq.heappop(self._timers)
             if not resident.gone and resident.timer_at == at:
-                resident.tick()
+                self.safely(resident, resident.tick)
         if self._timers and not self.closed and self._timer_for is None:
             self._set_timer(self._timers[0][0])
 
@@ -609,7 +646,10 @@ class Shift:
             self.executing += 1
             execution.counted = True
             execution.began = self.now()
-            begin()
+            try:
+                begin()
+            except Exception as error:
+                self.failed(execution.of, error)
 
     def _try_held(self) -> None:
         held, self._held = self._held, []
@@ -623,7 +663,9 @@ class Shift:
         call = execution.call
         timeout = call.policy.timeout
         if timeout is not None:
-            execution.timer = self.loop.call_later(timeout.total_seconds(), self._out_of_time, resident, execution)
+            execution.timer = self.loop.call_later(
+                timeout.total_seconds(), self.safely, resident, self._out_of_time, resident, execution
+            )
         driver = resident.play.driver
         if not call.policy.on_loop and isinstance(driver, SyncDriver) and driver.may_execute(op):
             execution.leave = driver.leave

@@ -56,7 +56,7 @@ def begin_next(resident: Resident) -> None:
             return  # it is being delivered, and then the turn is settled again
         at = resident._now()
         if line.timers and line.due(at):
-            resident.shift.loop.call_soon(resident.tick)
+            resident.shift.loop.call_soon(resident.shift.safely, resident, resident.tick)
             return
         execution = waiting.popleft()
         op = line.pending.get(execution.step)
@@ -118,7 +118,7 @@ class Attempt:
         resident.flight = (self.turn, Gathered())
         seconds = self._seconds_left()
         if seconds is not None:
-            execution.timer = shift.loop.call_later(seconds, self._out_of_time)
+            execution.timer = shift.loop.call_later(seconds, shift.safely, resident, self._out_of_time)
         driver = resident.play.driver
         if isinstance(driver, SyncDriver) and driver.may_execute(op):
             self._after = lambda: driver.finished(op)
@@ -224,14 +224,18 @@ class Attempt:
             log.exception('run %s: step "%s"', self.resident.this.id, self.execution.step)
             result = _Failed(error)
         if result is not None:
-            self.resident.shift._soon(self._ended, result)
+            self._soon(self._ended, result)
 
     def _roll_back(self, opened: OpenTransaction) -> None:
         try:
             opened.roll_back()
         except StoreError as error:
             log.warning('run %s: step "%s" was given up, and: %s', self.resident.this.id, self.execution.step, error)
-        self.resident.shift._soon(self._gave_up)
+        self._soon(self._gave_up)
+
+    def _soon(self, tell: Callable[..., None], *args: Any) -> None:
+        shift = self.resident.shift
+        shift._soon(shift.safely, self.resident, tell, *args)
 
     @property
     def _unwanted(self) -> bool:

@@ -60,7 +60,10 @@ class Watchdog:
 
     def _serve(self) -> None:
         while not self._stop.wait(min(0.5, self.busy / 4)):
-            self.look()
+            try:
+                self.look()
+            except Exception:
+                log.exception("a look at code that may not rest failed")
 
     def look(self) -> None:
         """One look at what is inside."""

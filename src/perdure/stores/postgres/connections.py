@@ -185,7 +185,10 @@ class ServerClock:
         here = _clock_ns()
         if here - max(at, self._asked) > ASKED_AGAIN:
             self._asked = here
-            threading.Thread(target=self._ask_again, name="perdure-clock", daemon=True).start()
+            try:
+                threading.Thread(target=self._ask_again, name="perdure-clock", daemon=True).start()
+            except (RuntimeError, MemoryError) as error:
+                log.debug("there is no thread to ask the server for the time: %s", error)
         return now + (here - at) // 1000
 
     def _ask_again(self) -> None:

@@ -395,8 +395,8 @@ class Steps:
     def _keep_watch(self) -> None:
         with self._watch:
             if not self._watched:
-                self._watched = True
                 threading.Thread(target=self._mind_the_limit, name="perdure-step-limit", daemon=True).start()
+                self._watched = True
 
     def _mind_the_limit(self) -> None:
         idle = 0

@@ -126,8 +126,8 @@ def drawn(tape: Tape) -> Config:
 class SimExecutor(Executor):
     """Functions of sync steps run inline: on the loop, or on the body's own thread while the universe waits."""
 
-    def __init__(self, loop: Any) -> None:
-        super().__init__(loop, THREADS)
+    def __init__(self, shift: Shift) -> None:
+        super().__init__(shift.loop, THREADS, shift.failed)
         self.on_body: threading.Lock | None = None
 
     def in_thread(self, job: Callable[[], None], execution: Any) -> None:
@@ -150,7 +150,10 @@ class SimExecutor(Executor):
 
 
 class SimShift(Shift):
-    """A shift that waits for the functions it gives to a sync body's thread."""
+    """A shift that waits for the functions it gives to a sync body's thread, and is not meant to fail itself."""
+
+    def failed(self, one: Any, error: Exception) -> None:
+        raise error
 
     def _execute(self, *args: Any) -> None:
         executor: Any = self.executor
@@ -263,7 +266,7 @@ class Process:
             read=self.read,
         )
         self.shift.threads = THREADS
-        self.shift.executor = SimExecutor(self.loop)
+        self.shift.executor = SimExecutor(self.shift)
         self.core.registry = registry
         self.core.shift = self.shift
         self.committer = self.core.committer = self.shift.committer
