@@ -405,25 +405,27 @@ async def test_a_function_that_holds_the_only_writer_too_long_loses_it(
 async def test_without_a_thread_that_minds_its_limit_there_is_no_transaction(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = transaction.Steps._keep_watch
+    start = threading.Thread.start
     tries: list[int] = []
 
-    def no_more_threads(self: transaction.Steps) -> None:
-        tries.append(1)
-        if len(tries) == 1:
-            raise RuntimeError("can't start new thread")
-        kept(self)
+    def no_more_threads(self: threading.Thread) -> None:
+        if self.name == "perdure-step-limit":
+            tries.append(1)
+            if len(tries) <= 3:
+                raise RuntimeError("can't start new thread")
+        start(self)
 
-    monkeypatch.setattr(transaction.Steps, "_keep_watch", no_more_threads)
-    async with engine(folder, tries_again) as here:
-        assert await (await here.start(tries_again)).result(timeout=20) == "PAID"
+    monkeypatch.setattr(threading.Thread, "start", no_more_threads)
+    async with engine(folder, tries_once) as here:
+        # It is no attempt of the step: that was not begun.
+        assert await (await here.start(tries_once)).result(timeout=20) == "PAID"
     assert effects(folder) == ["paid"]
-    assert len(tries) == 2
+    assert len(tries) == 4
 
 
 @workflow
-async def tries_again(ctx: Context) -> str:
-    return await ctx.step.options(retry=AT_ONCE).transaction("pay", affect, "paid")
+async def tries_once(ctx: Context) -> str:
+    return await ctx.step.options(retry=ONCE).transaction("pay", affect, "paid")
 
 
 def endless(db: sqlite3.Connection) -> int:

@@ -258,7 +258,7 @@ class Attempt:
                     if result is not None:
                         return result
                     continue  # the same work would succeed if done again
-            except StoreError as error:
+            except (StoreError, MemoryError) as error:
                 # Nothing is known of it, or it could not begin. The same turn is asked for again: it is written, or
                 # it is not and never will be.
                 if pause == FIRST_PAUSE:

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, ExitStack
 from sqlite3 import Connection, Cursor
 from typing import Any, Final
 
-from perdure.core.errors import RolledBack, StoreError
+from perdure.core.errors import RolledBack, StoreError, StoreUnavailable
 from perdure.core.turn import Batch, Turn, TurnVerdict, Unstorable
 from perdure.stores.sqlite.borrowed import Plain
 from perdure.stores.sqlite.errors import ours
@@ -320,10 +320,14 @@ class Steps:
                 try:
                     if not self._watched:
                         self._keep_watch()
-                except BaseException:
-                    # No thread to be had: without its limit it must not hold the only writer.
+                except (RuntimeError, MemoryError) as error:
+                    # Without its limit it must not hold the only writer.
                     opened.roll_back()
-                    raise
+                    raise StoreUnavailable(
+                        f"A step's transaction was not begun: there is no thread to mind its limit of time ({error}). "
+                        "It is tried again.",
+                        store=self._url,
+                    ) from error
             return opened
 
     @property
