@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -322,6 +323,17 @@ class Core:
         if row is None:
             raise RunNotFound(run_id, namespace=self.namespace)
         return row
+
+    def held_up(self, row: Row) -> str:
+        """Why a run that is executed here does not go on, if that is because its store cannot be written."""
+        stuck = None if self.committer is None else self.committer.stuck
+        if stuck is None or self.shift is None or row.key not in self.shift.residents:
+            return ""
+        seconds = time.monotonic() - stuck.since
+        return (
+            f"Run {row.id} is held up here, for {seconds:.0f} s, because its store cannot be written: {stuck.error} "
+            "It goes on by itself when the store can be written again."
+        )
 
     # --- ends ---
 
@@ -731,7 +743,7 @@ class RunHandle(Generic[R]):
             )
             return why_.why(row, store.now(), around)
 
-        return await core.read(look)
+        return core.held_up(row) or await core.read(look)
 
     async def signal(self, name: str, /, *args: Any, message_id: str | None = None) -> None:
         """Send a signal; kept when it returns. The same `message_id` twice is one signal.

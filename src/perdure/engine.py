@@ -48,6 +48,8 @@ class _Serves(Core):
         self._suspects: Suspects | None = None
         self._threads: list[Serving] = []
         self._watchdog: Watchdog | None = None
+        self.left = ""
+        """What was left behind by the last drain that ran out of its grace, and what becomes of it: a sentence."""
 
     async def serve(self) -> None:
         if _Serves.importing:
@@ -90,7 +92,7 @@ class _Serves(Core):
         self.thread = CommitterThread(self.committer, self.loop, self.shift._read)
 
     async def drain(self, grace: float) -> bool:
-        """Begin nothing new and wait until what is in flight has ended; False if the grace ran out."""
+        """Begin nothing new and wait until what is in flight has ended; False, and `left`, if the grace ran out."""
         shift = self.shift
         if shift is None:
             return True
@@ -101,6 +103,7 @@ class _Serves(Core):
             if suspects is not None:
                 suspects.ask_to_stop()
             if time.monotonic() >= deadline:
+                self.left = _left(shift, grace)
                 return False
             await asyncio.sleep(0.005)
         return True
@@ -134,6 +137,16 @@ class _Serves(Core):
                 "the runs of this worker could not be given back; others take them when its lease ends: %s", error
             )
         await super().close()
+
+
+def _left(shift: Shift, grace: float) -> str:
+    stuck = shift.committer.stuck
+    if stuck is not None:
+        return (
+            f"The store could not be written within {grace:g} s: {stuck.error} What has come of its runs since is "
+            "done again by whoever takes them."
+        )
+    return f"Not all steps ended within {grace:g} s. They are left to themselves, and repeated by others."
 
 
 class Engine(Client):
@@ -172,7 +185,7 @@ class Engine(Client):
         core = self._core
         assert isinstance(core, _Serves)
         if not core.closed and core.loop is not None and not await core.drain(GRACE):
-            log.warning("steps did not end within %g s of closing; they are left to themselves", GRACE)
+            log.warning("closing: %s", core.left)
         await core.close()
 
 
@@ -267,6 +280,8 @@ class Worker:
             installed.clear()
             log.info("worker %s is draining", self._core.settings.name)
             self.drained = await self._core.drain(self._grace)
+            if not self.drained:
+                log.warning("worker %s leaves: %s", self._core.settings.name, self._core.left)
         finally:
             for number in installed:
                 loop.remove_signal_handler(number)

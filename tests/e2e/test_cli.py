@@ -231,6 +231,34 @@ def test_a_run_that_is_killed_goes_on(shell: Shell) -> None:
     assert (said.code, said.out) == (0, '"held"\n')
 
 
+FILLS = """
+import resource, signal
+from perdure import Context, workflow
+from perdure.cli import following
+
+# A file that grows beyond this is as a disk without space.
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, resource.RLIM_INFINITY))
+following.PATIENCE = 0.3
+
+@workflow
+async def fills(ctx: Context) -> int:
+    return sum([len(await ctx.step.run(f"fill-{n}", lambda: "x" * 100_000)) for n in range(100)])
+"""
+
+
+def test_a_run_on_a_full_disk_ends_says_so_and_goes_on_when_there_is_space(shell: Shell) -> None:
+    (shell.folder / "fills.py").write_text(FILLS)
+    said = shell.do("run", "fills.py:fills", "--id", "f-1")
+    assert (said.code, said.out) == (4, "")
+    assert "could not be written for 0.3 s: " in said.err
+    assert "Traceback" not in said.err
+    assert "goes on with: perdure run fills.py:fills --id f-1" in said.err
+    (shell.folder / "fills.py").write_text(FILLS.replace("2_000_000", "200_000_000"))
+    said = shell.do("run", "fills.py:fills", "--id", "f-1")
+    assert (said.code, said.out) == (0, "10000000\n"), said.err
+
+
 def test_a_blocked_run_shows_its_report_and_goes_on_when_the_code_is_put_right(shell: Shell) -> None:
     shell.waiting()
     shell.ask("signal", "o-1", "approval")

@@ -539,6 +539,11 @@ async def test_a_store_that_is_full_refuses_starts_keeps_outcomes_and_goes_on(tm
         await asyncio.sleep(0.3)
         assert ask(tmp_path, "SELECT count(*) FROM perdure_history WHERE event LIKE '%step_completed%'") == [(0,)]
         assert len(ask(tmp_path, "SELECT * FROM perdure_runs")) == 1
+        why = await handle.why()
+        assert "is held up here, for 0 s, because its store cannot be written" in why
+        assert str(raised.value)[:60] in why
+        with pytest.raises(TimeoutError, match="is held up here"):
+            await handle.result(timeout=0.05)
         full.execute("PRAGMA max_page_count = 1000000")
         assert await handle.result(timeout=60) == 50_000
         assert await (await it.start(echo, 2)).result(timeout=60) == 2
@@ -646,3 +651,37 @@ async def test_an_unknown_workflow_is_told_what_there_is_once(tmp_path: Path) ->
         with pytest.raises(UnknownWorkflow) as told:
             await here.start("nope")
     assert told.value.known == ("known",)
+
+
+async def test_closing_on_a_full_store_says_what_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("perdure.engine.GRACE", 0.2)
+    store = SQLiteStore(tmp_path / "runs.db")
+    calls = []
+
+    def work() -> str:
+        calls.append(1)
+        return "y" * 50_000
+
+    @workflow
+    async def works(ctx: Context) -> int:
+        await ctx.step.wait_signal("go")
+        return len(await ctx.step.run("work", work))
+
+    async with Engine(store, workflows=[works]) as it:
+        handle = await it.start(works)
+        await until(lambda: ask(tmp_path, "SELECT 1 FROM perdure_runs WHERE status = 'waiting'"), "the wait")
+        [(pages,)] = ask(tmp_path, "PRAGMA page_count")
+        await handle.signal("go")
+        store._opened_writer().execute(f"PRAGMA max_page_count = {pages}")
+        await until(lambda: calls, "the step")
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("closing: ")]
+    assert len(said) == 1
+    assert "could not be written within 0.2 s" in said[0]
+    assert "done again by whoever takes them" in said[0]
+    store._opened_writer().execute("PRAGMA max_page_count = 1000000")
+    async with Engine(store, workflows=[works]) as it:
+        assert await it.handle(handle.id).result(timeout=60) == 50_000
+    store.close()
+    assert calls == [1, 1]

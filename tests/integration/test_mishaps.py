@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from perdure import Context, activity, workflow
+from perdure import Context, Retry, RunFailed, activity, workflow
 from perdure.runtime.context import SyncContext
 from perdure.runtime.drive_sync import BodyThreads
 from perdure.worker import residents
 from perdure.worker.activities import ActivityRun
 from perdure.worker.residents import Resident
 from perdure.worker.shift import Shift
-from tests.integration.helpers import engine
+from tests.integration.helpers import engine, until
 
 
 async def on_loop(n: int) -> int:
@@ -140,3 +142,88 @@ async def test_an_activity_at_which_the_worker_fails_is_executed_again(
     async with engine(tmp_path, asks_far, activities=[far], lease=1) as e:
         handles = [await e.start(asks_far, n) for n in range(3)]
         assert [await handle.result(timeout=30) for handle in handles] == [1, 2, 3]
+
+
+class Hoard:
+    """Stands for all the memory that a function has taken before it failed."""
+
+    kept: ClassVar[weakref.WeakSet[Hoard]] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self.kept.add(self)
+
+
+def fails_in_thread(*args: Any) -> None:
+    hoard = Hoard()
+    raise ValueError(str(type(hoard)))
+
+
+async def fails_at_once() -> None:
+    fails_in_thread()
+
+
+async def fails_later() -> None:
+    hoard = Hoard()
+    await asyncio.sleep(0.001)
+    raise ValueError(str(type(hoard)))
+
+
+@workflow
+async def fails(ctx: Context, how: str) -> str:
+    step = ctx.step.options(retry=Retry(max_attempts=2, first_delay=0.001))
+    try:
+        match how:
+            case "in a thread":
+                await step.run("a", fails_in_thread)
+            case "at once":
+                await step.run("a", fails_at_once)
+            case "later":
+                await step.run("a", fails_later)
+            case "an activity":
+                await step.options(queue="far").run("a", fails_far)
+            case "a transaction":
+                await step.transaction("a", fails_in_thread)
+    except ValueError:
+        return "failed"
+    fails_in_thread()
+    return ""
+
+
+@activity(queue="far")
+def fails_far() -> None:
+    fails_in_thread()
+
+
+@workflow
+def fails_sync(ctx: SyncContext, how: str) -> str:
+    try:
+        if how == "a step of a sync body":
+            ctx.step.options(retry=Retry(max_attempts=2, first_delay=0.001)).run("a", fails_in_thread)
+    except ValueError:
+        return "failed"
+    fails_in_thread()
+    return ""
+
+
+STEPS = ("in a thread", "at once", "later", "an activity", "a transaction", "a step of a sync body")
+
+
+@pytest.mark.parametrize("how", [*STEPS, "a body", "a sync body"])
+async def test_what_a_function_had_taken_is_free_when_it_has_failed(how: str, tmp_path: Path) -> None:
+    """At once, not when the collector comes by: it may be all the memory there is."""
+    flow: Any = fails_sync if "sync" in how else fails
+    gc.collect()
+    Hoard.kept.clear()
+    gc.disable()
+    try:
+        async with engine(tmp_path, flow, activities=[fails_far]) as e:
+            handle = await e.start(flow, how)
+            if how in STEPS:
+                assert await handle.result(timeout=30) == "failed"
+            else:
+                with pytest.raises(RunFailed):
+                    await handle.result(timeout=30)
+            # The thread of its function lets go of it a moment later.
+            await until(lambda: not Hoard.kept, "what it had taken", 10)
+    finally:
+        gc.enable()

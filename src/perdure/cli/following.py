@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import sys
+import time
 from typing import Any, Final
 
 from perdure.cli.steps import Step, Steps
@@ -19,6 +20,8 @@ from perdure.worker.waits import waits_of
 
 LOOK: Final = 0.05
 """Seconds between two looks at the history."""
+PATIENCE: Final = 30.0
+"""Seconds for which a store may refuse what has come of the run."""
 LONG: Final = 1_000_000
 """Microseconds after which a step that runs is worth a line of its own."""
 _SIGNS: Final = {"done": "+", "failed": "x", "cancelled": "x", "retrying": "!"}
@@ -35,6 +38,8 @@ class Follower:
         self._steps = Steps()
         self._begun = False
         self._shown: set[str] = set()
+        self.stuck = False
+        """Whether it was given up because its store cannot be written."""
         self._live: Any = None
         self._console: Any = None
         if sys.stderr.isatty():
@@ -51,9 +56,13 @@ class Follower:
             self._live = None
 
     async def follow(self) -> str:
-        """Until cancelled, or until the run is blocked: then its report."""
+        """Until cancelled, or until the run is blocked, or `stuck`: then what is reported of it."""
         while True:
             row = await self._look()
+            stuck = None if self._core.committer is None else self._core.committer.stuck
+            if stuck is not None and time.monotonic() - stuck.since > PATIENCE:
+                self.stuck = True
+                return f"The store could not be written for {PATIENCE:g} s: {stuck.error}"
             # A worker's start makes blocked runs due. One that is due was blocked by code before ours.
             if row.status == Status.BLOCKED and (row.wake_at or 0) > self._core.store.now():
                 return read_waits(row.waits).blocked

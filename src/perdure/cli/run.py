@@ -14,7 +14,7 @@ from typing import Any, Final
 import click
 
 from perdure.cli.aside import Aside, end_soon
-from perdure.cli.command import INTERRUPTED, NO_SUCCESS
+from perdure.cli.command import INTERRUPTED, NO_SUCCESS, STORE
 from perdure.cli.ended import told
 from perdure.cli.fields import fields_of, stored
 from perdure.cli.following import Follower
@@ -115,7 +115,7 @@ async def _start(
 async def _to_the_end(
     handle: RunHandle[Any], follower: Follower, asked: asyncio.Event, timeout: float | None, go_on: Any
 ) -> RunInfo:
-    """Wait for the result, an interruption or a block, whatever comes first."""
+    """Wait for the result, an interruption, a block or a store that cannot be written, whatever comes first."""
     result = asyncio.ensure_future(handle.result(timeout=timeout))
     asking = asyncio.ensure_future(asked.wait())
     blocked = asyncio.ensure_future(follower.follow())
@@ -125,6 +125,11 @@ async def _to_the_end(
             await follower.last()
             result.result()
             return await handle.info()
+        if blocked.done() and follower.stuck:
+            raise Stopped(
+                f"{blocked.result()}\nRun {handle.id} is kept as far as it was written, and goes on with: {go_on()}",
+                STORE,
+            )
         if blocked.done():
             raise Stopped(
                 f"{blocked.result()}\nIt waits for code that fits its history. Then it goes on with: {go_on()}",

@@ -73,6 +73,22 @@ def record(
     return _recorded(error, set(), kind=kind, attempts=attempts, status=status, run_id=run_id)
 
 
+def let_go(error: BaseException) -> None:
+    """It is recorded, or nobody wants it: free what the functions that it came through had taken.
+
+    Its traceback holds their frames, of which one often holds the error: only the collector would free them, and by
+    then they may be all the memory there is.
+    """
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        each = waiting.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            each.__traceback__ = None
+            waiting += [each.__cause__, each.__context__, *getattr(each, "exceptions", ())]
+
+
 def type_name(kind: type[BaseException]) -> str:
     """The name under which a type is recorded: `ValueError`, `orders.CardDeclined`, `perdure.NonRetryable`."""
     module = kind.__module__

@@ -64,8 +64,11 @@ class AsyncDriver:
         assert self.main is not None
         if self.main.cancelled():
             return None, asyncio.CancelledError()
-        error = self.main.exception()
-        return (None, error) if error is not None else (self.main.result(), None)
+        try:
+            # Not `exception()`: after that the task would go on keeping the traceback, and all that its frames hold.
+            return self.main.result(), None
+        except BaseException as error:
+            return None, error.with_traceback(getattr(error.__traceback__, "tb_next", None))
 
     def cancel(self) -> None:
         """Throw the cancellation into the main code at its current wait."""

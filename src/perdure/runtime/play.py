@@ -269,6 +269,7 @@ class Play:
             self._end_with("cancelled", None, RecordedError(type="Cancelled", message=self.line.cancel_reason))
         else:
             self._end_with("failed", None, failure.record(error))
+            failure.let_go(error)
 
     def _end_with(self, status: str, result: str | None, error: RecordedError | None) -> None:
         self.line.finish(status)

@@ -164,6 +164,7 @@ class ActivityRun:
         spread = self.shift.spread()
         if error is not None:
             delay = retry.decide(call.policy.retry, error, self.attempt, spread)
+            failure.let_go(error)
         else:
             delay = retry.backoff(call.policy.retry, self.attempt, spread=spread)
         now = self.shift.now()

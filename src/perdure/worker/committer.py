@@ -49,6 +49,13 @@ class Taken(NamedTuple):
         return len(self.starts) + len(self.sends) + len(self.turns)
 
 
+class Stuck(NamedTuple):
+    """Turns wait because the store refuses them. since: by `time.monotonic`, when it first did."""
+
+    error: PerdureError
+    since: float
+
+
 class Committer:
     """See the module. `answer` hands a list of (callback, verdict) and new mail to the loop that waits for them.
 
@@ -78,7 +85,7 @@ class Committer:
         """Seconds that small batches took lately."""
         self.early = sys.maxsize
         """Items that are worth a batch of their own, and need not wait for the rest of what the loop does now."""
-        self.trouble: StoreError | None = None
+        self.stuck: Stuck | None = None
         self.tries = 0
 
     def start(self, start: Start, answer: Answer) -> None:
@@ -156,7 +163,7 @@ class Committer:
 
     def written(self, taken: Taken, verdicts: Sequence[Verdict], mail: Sequence[Mail] = ()) -> None:
         """Hand on the verdicts, and mail that was read after them."""
-        self.trouble = None
+        self.stuck = None
         self.tries = 0
         self._answered += taken.size
         items = [*(a for _, a in taken.starts), *(a for _, a in taken.sends), *(a for _, a in taken.turns)]
@@ -168,10 +175,12 @@ class Committer:
             # Our bug or a store's: nobody else would tell those who wait, and this thread must go on.
             log.error("a batch was not written", exc_info=error)
             error = StoreError(f"The store {self.store.url} raised {type(error).__name__}: {error}. Report it.")
-        self.trouble = error if isinstance(error, StoreError) else None
+        if taken.turns:
+            self.stuck = Stuck(error, time.monotonic() if self.stuck is None else self.stuck.since)
         self.tries += 1
         if self.tries == 1:
-            log.error("the store refused a batch, turns are kept and tried again: %s", error)
+            kept = ", what has come of its runs is kept and tried again" if taken.turns else ""
+            log.error("the store refused a batch%s: %s", kept, error)
         # A turn is kept, because its run's work would be lost with it.
         self._turns.extendleft(reversed(taken.turns))
         self._answered += len(taken.starts) + len(taken.sends)

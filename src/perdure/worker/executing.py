@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator
 from types import CoroutineType
 from typing import Any, Final
 
+from perdure.core import failure
 from perdure.runtime.context import step_key
 from perdure.runtime.drive_sync import NO_THREAD, BodyThreads
 from perdure.runtime.steps import LocalCall
@@ -234,6 +235,8 @@ class Executor:
                 execution.done(execution, value, error)
             except Exception as wrong:
                 self._failed(execution.of, wrong)
+        elif error is not None:
+            failure.let_go(error)
 
     def _follow(self, execution: Execution, awaitable: Any) -> None:
         """Await what a sync function has returned, in the context that is current."""

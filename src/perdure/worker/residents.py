@@ -436,6 +436,8 @@ class Resident:
             "attempt": item.attempt,
             "error": error,
         }
+        if isinstance(item.error, BaseException):
+            failure.let_go(item.error)
         deadline = self.deadlines.get(op.id)
         if delay is None:
             self._deliver(ev.StepFailed(**facts))
