@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +16,6 @@ from perdure.core.limits import Limits, check_name
 from perdure.core.retry import duration
 from perdure.runtime.registry import Activity, Registry, Workflow, several
 from perdure.stores.contract import Store
-from perdure.stores.opening import DEFAULT, VARIABLE
 from perdure.worker.claiming import Housekeeper, Serving, Watcher
 from perdure.worker.committer import CommitterThread
 from perdure.worker.shift import Settings, Shift
@@ -245,9 +243,9 @@ class Worker:
         name: str | None = None,
     ) -> None:
         _no_codec(codec)
-        self._given = store, several(workflows, "workflows="), several(activities, "activities=")
+        self._given = several(workflows, "workflows="), several(activities, "activities=")
         self._core = _serving(
-            store, *self._given[1:], namespace, queues, concurrency, threads, resident, lease, limits, name
+            store, *self._given, namespace, queues, concurrency, threads, resident, lease, limits, name
         )
         self._core.settings.suspects = "apart"
         self._stopping: asyncio.Event | None = None
@@ -299,9 +297,7 @@ class Worker:
 
     def _instructions(self) -> dict[str, Any] | Unimportable:
         """For the child process of a run that killed two workers: taken now, as files and folders are named here."""
-        store, workflows, activities = self._given
-        url = store if isinstance(store, str) else os.environ.get(VARIABLE, DEFAULT) if store is None else store.url
         try:
-            return instructions(url, self._core.settings, workflows, activities, grace=GRACE)
+            return instructions(self._core.settings, *self._given, grace=GRACE)
         except Unimportable as reason:
             return reason

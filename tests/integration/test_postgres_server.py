@@ -256,6 +256,55 @@ def test_a_password_that_changes_is_asked_for_at_every_connect(opened: Open) -> 
     assert len(asked) == before + 1
 
 
+def test_a_password_that_cannot_be_had_is_no_bug_of_ours_and_is_asked_for_ever_more_rarely(
+    opened: Open, schema: str
+) -> None:
+    calls: list[float] = []
+    broken = False
+
+    def password() -> str:
+        calls.append(time.monotonic())
+        if broken:
+            raise OSError("the vault is sealed")
+        return "secret"
+
+    store = opened(password=password)
+    broken = True
+    store._writer.drop()
+    calls.clear()
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:
+        with pytest.raises(StoreUnavailable, match="password= raised OSError: the vault is sealed") as refused:
+            started(store)
+        assert refused.value.retryable
+        assert "secret" not in str(refused.value)
+    assert len(calls) <= 6
+    broken = False
+    time.sleep(max(store._address._next_try - time.monotonic(), 0))
+    started(store)
+    with pytest.raises(NotAStore, match="type NoneType, which is no password"):
+        opened(password=lambda: None)
+
+
+def test_a_store_says_how_another_process_opens_it(opened: Open, database: servers.Database, schema: str) -> None:
+    direct = within(database.url, "application_name=far")
+    store = opened(password=lambda: "hunter2 &?", direct=direct, hints=False)
+    url = store.elsewhere()
+    assert url is not None
+    assert "hunter2" not in store.url
+    other = open_store(url)
+    assert isinstance(other, PostgresStore)
+    try:
+        assert other._address.parameters["password"] == "hunter2 &?"
+        assert other._direct is not None
+        assert other._direct.parameters["password"] == "hunter2 &?"
+        assert other._direct.parameters["application_name"] == "far"
+        assert (other._schema, other._hints, other.url) == (schema, False, store.url)
+    finally:
+        other.close()
+    assert opened(clock=lambda: 1).elsewhere() is None
+
+
 def test_a_process_has_at_most_five_connections_and_says_its_name(
     opened: Open, database: servers.Database, schema: str
 ) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from perdure.core.turn import Batch, Fenced, Reaped
+from perdure.stores.opening import open_store
 from perdure.stores.sqlite import SQLiteStore
 from perdure.stores.sqlite.gate import TURN, Gate
 from perdure.testing.conformance import Clock
@@ -314,3 +315,19 @@ def test_keys_are_never_used_again(store: SQLiteStore, path: Path) -> None:
     assert started(store, "d") > max(keys)
     assert store.write(Batch(turns=[first_turn(keys[-1])])) == [Fenced(run=keys[-1])]
     assert store.write(Batch(starts=[start("e")]))
+
+
+def test_a_store_says_how_another_process_opens_it(tmp_path: Path) -> None:
+    odd = tmp_path / "a b%20c?.db"
+    store = SQLiteStore(odd, busy_timeout=0.5, durability="normal", hints=False)
+    url = store.elsewhere()
+    assert url is not None
+    other = open_store(url)
+    assert isinstance(other, SQLiteStore)
+    assert (other._path, other.durability, other._busy_timeout, other._hints) == (str(odd), "D2", 0.5, False)
+    assert other.elsewhere() == url
+    other.close()
+    store.close()
+    clocked = SQLiteStore(tmp_path / "b.db", clock=lambda: 1)
+    assert clocked.elsewhere() is None
+    clocked.close()

@@ -115,6 +115,12 @@ class Store(Protocol):
     def now(self) -> int:
         """The store's clock, in microseconds since the epoch, UTC; a lower bound if it is far away."""
 
+    def elsewhere(self) -> str | None:
+        """A URL by which another process opens the same store in the same way; None if none can.
+
+        It holds the password as it is now: not to be shown.
+        """
+
     # --- writing ---
 
     def write(self, batch: Batch) -> list[Verdict]:

@@ -123,6 +123,9 @@ class MemoryStore:
     def now(self) -> int:
         return self._clock()
 
+    def elsewhere(self) -> str | None:
+        return None
+
     # --- writing ---
 
     def write_at_once(self, batch: Batch) -> list[Verdict]:

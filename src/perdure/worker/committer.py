@@ -397,8 +397,9 @@ class Wire:
             self._loop.remove_reader(self._file)
         try:
             verdicts = self._store.finish_at_once()
-        except Exception as error:
-            verdicts = error
+        except Exception:
+            log.exception("the answers to a batch could not be read")
+            verdicts = None
         if verdicts is None:
             self._read(self._finish, self._finished)
         else:

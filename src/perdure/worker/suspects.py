@@ -57,19 +57,16 @@ class Unimportable(Exception):
 
 
 def instructions(
-    store: str, settings: Settings, workflows: Sequence[Any], activities: Sequence[Any], *, grace: float
+    settings: Settings, workflows: Sequence[Any], activities: Sequence[Any], *, grace: float
 ) -> dict[str, Any]:
-    """Everything a child has to know, as plain JSON; `Unimportable` if there can be no child.
+    """Everything a child has to know but the store, as plain JSON; `Unimportable` if there can be no child.
 
-    store: a URL. workflows, activities: what the worker was given, decorated functions and whole modules. grace:
+    workflows, activities: what the worker was given, decorated functions and whole modules. grace:
     seconds that what executes gets to end when the worker is gone.
     """
-    if store.startswith("memory:"):
-        raise Unimportable("nobody else can open its store")
     root = logging.getLogger()
     return {
         "python": _preparation(),
-        "store": store,
         "workflows": _named(workflows),
         "activities": _named(activities),
         "namespace": settings.namespace,
@@ -217,7 +214,10 @@ class Suspects:
         try:
             if isinstance(self._told, Unimportable):
                 raise self._told
-            child = self._start(json.dumps(self._told).encode() + b"\n")
+            url = self.store.elsewhere()
+            if url is None:
+                raise Unimportable("nobody else can open its store")
+            child = self._start(json.dumps({**self._told, "store": url}).encode() + b"\n")
         except (Unimportable, OSError) as error:
             self._give_up(str(error))
             return 0

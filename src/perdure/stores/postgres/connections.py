@@ -83,9 +83,14 @@ class Address:
         self._trying = threading.Lock()
         self._pause = 0.0
         self._next_try = 0.0
-        self._last_error = ""
+        self._last_error: psycopg.OperationalError | StoreUnavailable = psycopg.OperationalError()
         self.url: Final = _shown(self.parameters, shown)
         """Without a password."""
+
+    def secret(self, more: Mapping[str, str]) -> str:
+        """A URL with everything, also the password as it is now, and these parameters. Not to be shown."""
+        password = self._password_now()
+        return _url({**self.parameters, **({} if password is None else {"password": password})}, more)
 
     def connect(self, *, autocommit: bool = True, name: str = "") -> psycopg.Connection[Any]:
         """A new connection; a password that is a function is asked each time.
@@ -96,28 +101,51 @@ class Address:
         with self._trying:
             left = self._next_try - time.monotonic()
             if left > 0:
-                raise psycopg.OperationalError(f"{self._last_error} (tried again in {left:.1f} s)")
+                text = f"{str(self._last_error).strip()} (tried again in {left:.1f} s)"
+                if isinstance(self._last_error, StoreUnavailable):
+                    raise StoreUnavailable(text, store=self.url)
+                raise psycopg.OperationalError(text)
             if self._pause:
                 # This try is the one; others wait for what comes of it.
                 self._next_try = time.monotonic() + self._pause
         try:
             db = self._connect(autocommit=autocommit, name=name)
-        except psycopg.OperationalError as error:
+        except (psycopg.OperationalError, StoreUnavailable) as error:
             with self._trying:
                 self._pause = min(max(self._pause * 2, FIRST_PAUSE), LAST_PAUSE)
                 self._next_try = time.monotonic() + self._pause
-                self._last_error = str(error).strip()
+                self._last_error = error
             raise
         self._pause = self._next_try = 0.0
         return db
+
+    def _password_now(self) -> str | None:
+        if not callable(self._password):
+            return self._password
+        try:
+            password: Any = self._password()  # Callers are not all type-checked.
+        except Exception as error:
+            raise StoreUnavailable(
+                f"The store {self.url} could not be connected to. The function given as password= raised "
+                f"{type(error).__name__}: {error}. It is asked again at the next try.",
+                store=self.url,
+            ) from error
+        if not isinstance(password, str):
+            raise NotAStore(
+                f"The store {self.url} could not be connected to. The function given as password= returned a value of "
+                f"type {type(password).__name__}, which is no password. Return a str.",
+                store=self.url,
+            )
+        return password
 
     def _connect(self, *, autocommit: bool, name: str) -> psycopg.Connection[Any]:
         given = {name: value for name, value in self.parameters.items() if value is not None}
         settings = {**DEFAULTS, **({"application_name": f"perdure {name}"} if name else {}), **given}
         if "PGAPPNAME" in os.environ and "application_name" not in given:
             del settings["application_name"]
-        if self._password is not None:
-            settings["password"] = self._password() if callable(self._password) else self._password
+        password = self._password_now()
+        if password is not None:
+            settings["password"] = password
         return psycopg.connect(make_conninfo(**settings), autocommit=autocommit, prepare_threshold=None)
 
 
@@ -202,12 +230,17 @@ def _clock_ns() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic_ns()
 
 
+SECRETS: Final = ("password", "sslpassword", "passfile", "sslkey", "oauth_client_secret", "scram_client_key",
+                  "scram_server_key")  # fmt: skip
+
+
 def _shown(parameters: Mapping[str, Any], more: Mapping[str, str]) -> str:
     """A URL with everything but secrets."""
+    return _url({name: value for name, value in parameters.items() if name not in SECRETS}, more)
+
+
+def _url(parameters: Mapping[str, Any], more: Mapping[str, str]) -> str:
     left = {name: str(value) for name, value in parameters.items() if value is not None}
-    for secret in ("password", "sslpassword", "passfile", "sslkey", "oauth_client_secret", "scram_client_key",
-                   "scram_server_key"):  # fmt: skip
-        left.pop(secret, None)
     user = left.pop("user", None)
     hosts = left.pop("host", "").split(",")
     ports = left.pop("port", "").split(",")

@@ -69,7 +69,8 @@ def translate(error: BaseException, url: str) -> StoreError:
     if state is None and isinstance(error, (psycopg.OperationalError, OSError)):
         kind: type[StoreError] = StoreUnavailable
         saying = (
-            f"It cannot be reached, or the connection was lost. The driver says: {text}. Check that the server runs."
+            f"It cannot be reached, does not let us in, or the connection was lost. The driver says: {text}. "
+            "Check that the server runs, and the user, password and database in the URL."
         )
     else:
         found = next((state[:n] for n in (5, 2) if state and state[:n] in _SAYING), None)

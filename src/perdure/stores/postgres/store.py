@@ -168,6 +168,14 @@ class PostgresStore:
     def now(self) -> int:
         return self._clock()
 
+    def elsewhere(self) -> str | None:
+        if self._clock is not self._server_clock:
+            return None
+        settings = {"schema": self._schema, "migrate": "check", "hints": str(self._hints).lower()}
+        if self._direct is not None:
+            settings["direct"] = self._direct.secret({})
+        return self._address.secret(settings)
+
     # --- writing ---
 
     def write(self, batch: Batch) -> list[Verdict]:

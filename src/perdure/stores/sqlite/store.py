@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from sqlite3 import Connection
 from typing import Any, Final, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import msgspec
 
@@ -136,6 +136,12 @@ class SQLiteStore:
         except BaseException:
             self.close()
             raise
+
+    def elsewhere(self) -> str | None:
+        if self._clock is not _system_clock:
+            return None
+        settings = {"busy_timeout": self._busy_timeout, "durability": self._synchronous, "hints": self._hints}
+        return f"sqlite:///{quote(self._path)}?{urlencode(settings)}"
 
     # --- writing ---
 
