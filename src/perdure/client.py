@@ -35,6 +35,7 @@ from perdure.core.errors import (
     RunTerminated,
     RunTimedOut,
     StoreError,
+    StoreLocked,
     UnknownWorkflow,
 )
 from perdure.core.failure import RecordedError
@@ -48,6 +49,7 @@ from perdure.core.turn import (
     Announced,
     Batch,
     Begun,
+    Busy,
     Committed,
     Conflict,
     Existing,
@@ -655,6 +657,8 @@ class Client:
         return {Status(status): count for status, count in found.items()}
 
 
+TERMINATES_WITHIN: Final = 30.0
+"""Seconds that `terminate` tries."""
 _ANY: Final = plan()
 _get_running_loop = asyncio._get_running_loop
 
@@ -801,10 +805,15 @@ class RunHandle(Generic[R]):
             )
 
     async def terminate(self, reason: str = "") -> None:
-        """End the run without asking its code. Twice is once; nothing happens to an ended run."""
+        """End the run without asking its code. Twice is once; nothing happens to an ended run.
+
+        It waits for a transaction step of the run that is under way, and for a caller's open transaction that has
+        signalled it: `StoreLocked` if that takes longer than 30 seconds.
+        """
         core = self._core
         codec.encode(reason, what="the reason", limits=core.limits)
-        for _ in range(100):
+        until = time.monotonic() + TERMINATES_WITHIN
+        while True:
             row = await core.row(self.id)
             if row.status in ENDED:
                 return
@@ -824,10 +833,18 @@ class RunHandle(Generic[R]):
                     core.shift.forget(row.key)
                 core.resolve(row.key, Ending("terminated", None, turn.error))
                 return
-            await asyncio.sleep(0.005)
-        raise PerdureError(
-            f"Run {self.id} could not be terminated. It changed each time between reading and writing. Try again."
-        )
+            busy = isinstance(verdict, Busy)
+            if time.monotonic() >= until:
+                break
+            await asyncio.sleep(0.05 if busy else 0.005)
+        what = f"Run {self.id} could not be terminated within {TERMINATES_WITHIN:g} s."
+        if busy:
+            raise StoreLocked(
+                f"{what} An open transaction holds it: a transaction step of its own that still runs, or a caller's "
+                "that has signalled it. Nothing was changed: try again when that has ended.",
+                store=core.store.url,
+            )
+        raise PerdureError(f"{what} It changed each time between reading and writing. Try again.")
 
 
 def _add_turn(turn: Turn, committer: Committer, answer: Callable[[Any], None]) -> None:

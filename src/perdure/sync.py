@@ -284,8 +284,13 @@ class RunHandle(Generic[R]):
         self._loop.wait(self._async.cancel(reason), self._connection)
 
     def terminate(self, reason: str = "") -> None:
-        """As `RunHandle.terminate`; never part of a transaction of yours."""
+        """As `RunHandle.terminate`; RuntimeError on a handle of `options(connection=)`."""
         inside.refuse("terminate()")
+        if self._connection is not None:
+            raise RuntimeError(
+                "terminate was called on a handle of options(connection=). It acts at once, and would not be undone by "
+                "a rollback. Use a handle without that option, or cancel, which is part of the transaction."
+            )
         self._loop.wait(self._async.terminate(reason))
 
 

@@ -492,6 +492,7 @@ async def test_a_store_that_is_locked_is_waited_for_then_refused_and_works_again
                 lambda: it.start(echo, 1),
                 lambda: parked.signal("go"),
                 lambda: parked.cancel(),
+                lambda: parked.terminate(),
             ]
             for call in calls:
                 with pytest.raises(StoreLocked) as raised:

@@ -110,6 +110,17 @@ def test_a_cancel_is_part_of_it_too(here: Any, db: sqlite3.Connection) -> None:
         run.result(timeout=10)
 
 
+def test_terminate_is_no_part_of_it_and_says_so(here: Any, db: sqlite3.Connection) -> None:
+    run = here.start(order, 1)
+    with db:
+        db.execute("INSERT INTO orders VALUES (1)")
+        with pytest.raises(RuntimeError, match="would not be undone by a rollback"):
+            here.options(connection=db).handle(run.id).terminate()
+        assert run.status() != "terminated"
+    run.terminate()
+    assert run.status() == "terminated"
+
+
 def test_refusals_are_the_same_and_leave_the_transaction_to_the_caller(here: Any, db: sqlite3.Connection) -> None:
     here.options(id="order-1").start(order, 1)
     here.options(id="order-9").start(order, 1).terminate()

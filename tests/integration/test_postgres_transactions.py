@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import psycopg
 import pytest
 
-from perdure import Context, Engine, RunNotFound, StepFailed, sync, workflow
+from perdure import Context, Engine, RunNotFound, RunTerminated, StepFailed, StoreLocked, sync, workflow
 from perdure.stores.opening import open_store
 from perdure.stores.postgres import PostgresStore
 from perdure.stores.postgres.transaction import ending
@@ -219,3 +220,32 @@ async def test_a_store_object_does_the_same(url: str, db: psycopg.Connection[Any
         run = await here.start(awaits, "a")
         assert await until(lambda: run.result(timeout=20)) == "A!"
     await asyncio.to_thread(store.close)
+
+
+def takes_long(db: psycopg.Connection[Any], seconds: float) -> None:
+    affect(db, "paid")
+    time.sleep(seconds)
+
+
+@workflow
+async def pays_slowly(ctx: Context, seconds: float) -> None:
+    await ctx.step.transaction("pay", takes_long, seconds)
+    await ctx.step.wait_signal("go")
+
+
+async def test_terminate_waits_for_a_transaction_step(
+    url: str, db: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Engine(url, workflows=[pays_slowly]) as here:
+        run = await here.start(pays_slowly, 1.5)
+        await until(lambda: calls)
+        await run.terminate("enough")
+        with pytest.raises(RunTerminated):
+            await run.result(timeout=20)
+        calls.clear()
+        monkeypatch.setattr("perdure.client.TERMINATES_WITHIN", 0.3)
+        run = await here.start(pays_slowly, 1.5)
+        await until(lambda: calls)
+        with pytest.raises(StoreLocked, match="a transaction step of its own that still runs"):
+            await run.terminate()
+    assert effects(db) == ["paid", "paid"]

@@ -170,21 +170,23 @@ class Committer:
         self._answer(list(zip(items, verdicts, strict=True)), mail)
 
     def failed(self, taken: Taken, error: Exception) -> None:
-        """The batch was not written, as far as anybody knows: callers are told, turns are kept and tried again."""
+        """The batch was not written, as far as anybody knows: callers are told, runs' turns are kept."""
         if not isinstance(error, PerdureError):
             # Our bug or a store's: nobody else would tell those who wait, and this thread must go on.
             log.error("a batch was not written", exc_info=error)
             error = StoreError(f"The store {self.store.url} raised {type(error).__name__}: {error}. Report it.")
-        if taken.turns:
+        # A turn is kept, because its run's work would be lost with it; but not one that ends a run for a caller.
+        kept = [each for each in taken.turns if each[0].owner is not None]
+        callers = [each for each in taken.turns if each[0].owner is None]
+        if kept:
             self.stuck = Stuck(error, time.monotonic() if self.stuck is None else self.stuck.since)
         self.tries += 1
         if self.tries == 1:
-            kept = ", what has come of its runs is kept and tried again" if taken.turns else ""
-            log.error("the store refused a batch%s: %s", kept, error)
-        # A turn is kept, because its run's work would be lost with it.
-        self._turns.extendleft(reversed(taken.turns))
-        self._answered += len(taken.starts) + len(taken.sends)
-        self._answer([(answer, error) for _, answer in (*taken.starts, *taken.sends)], ())
+            what = ", what has come of its runs is kept and tried again" if kept else ""
+            log.error("the store refused a batch%s: %s", what, error)
+        self._turns.extendleft(reversed(kept))
+        self._answered += taken.size - len(kept)
+        self._answer([(answer, error) for _, answer in (*taken.starts, *taken.sends, *callers)], ())
 
     def _gather(
         self,
