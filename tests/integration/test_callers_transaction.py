@@ -202,6 +202,10 @@ def test_what_is_no_connection_of_the_stores_own_database_is_refused(
 ) -> None:
     with closing(sqlite3.connect(tmp_path / "other.db")) as other, pytest.raises(ValueError, match=r"other\.db"):
         here.options(connection=other).start(order, 1)
+    closed = sqlite3.connect(tmp_path / "runs.db")
+    closed.close()
+    with pytest.raises(ValueError, match="cannot be used here: Cannot operate on a closed database"):
+        here.options(connection=closed).start(order, 1)
     with closing(sqlite3.connect(":memory:")) as other, pytest.raises(ValueError, match="in memory"):
         here.options(connection=other).start(order, 1)
     with pytest.raises(TypeError, match=r"sqlite3\.Connection"):

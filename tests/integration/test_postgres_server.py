@@ -33,8 +33,20 @@ from perdure.stores.opening import open_store
 from perdure.stores.postgres import PostgresStore, connections, migrations
 from perdure.stores.postgres.judging import Ask
 from perdure.stores.postgres.pipe import REPLANNED, Pipe
+from perdure.stores.postgres.queries import channel_of
 from perdure.stores.postgres.transaction import StepTransaction
-from perdure.testing.conformance.story import EVENT, NAMESPACE, Clock, announce, claiming, held, row, sending, started
+from perdure.testing.conformance.story import (
+    EVENT,
+    NAMESPACE,
+    Clock,
+    announce,
+    claiming,
+    held,
+    row,
+    sending,
+    start,
+    started,
+)
 from perdure.testing.conformance.story import signal as message
 from perdure.worker import suspects
 from tests import servers
@@ -86,14 +98,14 @@ def test_of_many_that_start_at_once_one_migrates(opened: Open, database: servers
     started(stores[0])
     assert {store.counts(NAMESPACE)["ready"] for store in stores} == {1}
     with psycopg.connect(database.url) as db:
-        assert migrations.applied(db, schema) is not None
+        assert migrations.applied(db, schema, "") is not None
 
 
 def test_check_makes_nothing_and_names_the_remedy(database: servers.Database, schema: str) -> None:
     asked = {"url": database.url, "schema": schema, "migrate": "check"}
     assert "perdure db upgrade" in refusal(NotAStore, **asked)
     with psycopg.connect(database.url) as db:
-        assert migrations.applied(db, schema) is None
+        assert migrations.applied(db, schema, "") is None
     PostgresStore(database.url, schema=schema).close()
     PostgresStore(**asked).close()  # type: ignore[arg-type]
 
@@ -158,6 +170,44 @@ def test_a_role_without_the_right_to_make_tables_is_enough(
                 started(opened(url=url), "refused")
         finally:
             db.execute(f"DROP OWNED BY worker_{schema}; DROP ROLE worker_{schema}".encode())
+
+
+def test_a_role_that_may_not_make_tables_is_told_who_may(database: servers.Database, schema: str) -> None:
+    with psycopg.connect(database.url, autocommit=True) as db:
+        db.execute(f"CREATE ROLE nobody_{schema} LOGIN".encode())
+        try:
+            url = database.url.replace("//postgres@", f"//nobody_{schema}@")
+            said = refusal(NotAStore, url=url, schema=f"{schema}_new")
+            assert "with a role that may (CREATE on the database" in said
+        finally:
+            db.execute(f"DROP ROLE nobody_{schema}".encode())
+
+
+def test_a_schema_with_the_longest_name_has_notifications_too(opened: Open, database: servers.Database) -> None:
+    name = "s" * 63
+    store = opened(schema=name)
+    try:
+        announce(store, "w")
+        listener = store._listener
+        assert listener is not None
+        assert listener.first.wait(10), "it listens"
+        store.wait("w", ("default",), 0)
+        with psycopg.connect(database.url) as db:
+            store.write_on(db, Batch(starts=[start()]))
+            db.commit()
+        assert store.wait("w", ("default",), 10)
+        assert len(claiming(store, "w")) == 1
+    finally:
+        store.close()
+        with psycopg.connect(database.url, autocommit=True) as db:
+            db.execute(f"DROP SCHEMA IF EXISTS {name} CASCADE".encode())
+
+
+def test_schemas_of_long_names_have_channels_of_their_own() -> None:
+    names = ["perdure", "s" * 55, "s" * 56, "s" * 62, "s" * 62 + "a", "s" * 62 + "b"]
+    channels = {channel_of(name) for name in names}
+    assert len(channels) == len(names)
+    assert max(map(len, channels)) <= 63
 
 
 # --- who is refused
@@ -233,6 +283,11 @@ def test_the_url_names_everything_but_secrets(database: servers.Database, schema
         again.close()
     finally:
         store.close()
+
+
+def test_a_url_cannot_have_another_encoding(database: servers.Database) -> None:
+    assert "Leave that parameter out" in refusal(NotAStore, url=within(database.url, "client_encoding=LATIN1"))
+    PostgresStore(within(database.url, "client_encoding=utf-8")).close()
 
 
 def test_a_url_that_cannot_be_read_shows_no_password() -> None:

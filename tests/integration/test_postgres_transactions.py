@@ -9,8 +9,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from perdure import Context, Engine, RunNotFound, RunTerminated, StepFailed, StoreLocked, sync, workflow
+from perdure.core.turn import Batch
 from perdure.stores.opening import open_store
 from perdure.stores.postgres import PostgresStore
 from perdure.stores.postgres.transaction import ending
@@ -249,3 +251,30 @@ async def test_terminate_waits_for_a_transaction_step(
         with pytest.raises(StoreLocked, match="a transaction step of its own that still runs"):
             await run.terminate()
     assert effects(db) == ["paid", "paid"]
+
+
+async def test_what_is_no_connection_of_the_stores_own_database_is_refused(
+    url: str, db: psycopg.Connection[Any], database: servers.Database
+) -> None:
+    schema = url.rpartition("=")[2]
+    twin = f"twin_{schema}"
+    own = open_store(url)
+    with psycopg.connect(database.url, autocommit=True) as server:
+        server.execute(f"CREATE DATABASE {twin}".encode())
+    try:
+        there = psycopg.connect(database.url, dbname=twin)
+        PostgresStore(make_conninfo(database.url, dbname=twin), schema=schema).close()
+        # As a restored backup, or a database made from a template.
+        [(id,)] = db.execute(f"SELECT id FROM {schema}.store".encode()).fetchall()
+        there.execute(f"UPDATE {schema}.store SET id = %s".encode(), [id])
+        there.commit()
+        with pytest.raises(ValueError, match="which is not the store"):
+            own.write_on(there, Batch())
+        there.close()
+        with pytest.raises(ValueError, match="is closed, or its server has ended it"):
+            own.write_on(there, Batch())
+        own.write_on(db, Batch())
+    finally:
+        own.close()
+        with psycopg.connect(database.url, autocommit=True) as server:
+            server.execute(f"DROP DATABASE {twin} WITH (FORCE)".encode())

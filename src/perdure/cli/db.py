@@ -24,16 +24,18 @@ def command() -> None:
 def status(ctx: click.Context, where: Where) -> None:
     """Say which migrations have made a store's tables, and which are missing.
 
-    Exit code 1 if some are missing. Nothing is created or changed."""
+    Exit code 1 if some are missing, or if this version cannot work with what is there. Nothing is created or changed.
+    """
     with usage():
         schema = schema_of(where.url)
     _show(where, schema)
-    ctx.exit(NO_SUCCESS if schema.missing else DONE)
+    ctx.exit(DONE if schema.current else NO_SUCCESS)
 
 
 @command.command()
 @common
-def upgrade(where: Where) -> None:
+@click.pass_context
+def upgrade(ctx: click.Context, where: Where) -> None:
     """Create a store's tables, or bring them up to date.
 
     Needs a role that may create tables. Workers of the version before may go on meanwhile. Twice is once."""
@@ -49,7 +51,8 @@ def upgrade(where: Where) -> None:
     _show(where, schema)
     if not where.json:
         applied = [step.name for step in schema.steps if step.applied_at is not None and step.number not in before]
-        tell(f"Applied {', '.join(applied)}." if applied else "Nothing was missing.")
+        tell(f"Applied {', '.join(applied)}." if applied else "No migration was missing.")
+    ctx.exit(DONE if schema.current else NO_SUCCESS)
 
 
 def _show(where: Where, schema: Schema) -> None:
@@ -60,10 +63,11 @@ def _show(where: Where, schema: Schema) -> None:
                 "name": step.name,
                 "applied_at": None if step.applied_at is None else moment(step.applied_at).isoformat(),
                 "known": step.known,
+                "trouble": step.trouble,
             }
             for step in schema.steps
         ]
-        say(json_text({"store": schema.url, "current": not schema.missing, "migrations": steps}))
+        say(json_text({"store": schema.url, "current": schema.current, "migrations": steps, "gone": schema.gone}))
         return
     if not schema.steps:
         tell(f"The store {schema.url} has no migrations.")
@@ -72,9 +76,14 @@ def _show(where: Where, schema: Schema) -> None:
         (
             step.name,
             "missing: perdure db upgrade" if step.applied_at is None else when(moment(step.applied_at)),
-            "" if step.known else "of a later version",
+            step.trouble or ("" if step.known else "is of a later version"),
         )
         for step in schema.steps
     ]
     for line in table(("migration", "applied (UTC)", ""), rows):
         say(line)
+    if schema.gone:
+        tell(
+            f"The store {schema.url} has lost tables that its migrations made: {', '.join(schema.gone)}. "
+            "Nothing brings back what was in them but a backup. Restore one, or begin with a new store."
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -65,12 +65,19 @@ class Borrowed:
         db.execute(RELEASE)
 
 
-def check(connection: Any, schema: str, id: str, url: str) -> None:
-    """Refuse a connection in whose transaction nothing can be written to this store."""
+def check(connection: Any, schema: str, home: Statement, ours: Callable[..., tuple[Any, ...]], url: str) -> None:
+    """Refuse a connection in whose transaction nothing can be written to this store.
+
+    home: asks which store it is. ours: the answer of the store's own connections; `anew`, if the server has restarted.
+    """
     if not isinstance(connection, psycopg.Connection):
         raise TypeError(
             f"connection= got {connection!r}, and the store {url} is a PostgreSQL database. Its own transactions "
             "belong to a psycopg.Connection. Pass the connection whose transaction this shall be part of."
+        )
+    if connection.closed:
+        raise ValueError(
+            "connection= is closed, or its server has ended it. It has no transaction to write in. Open another."
         )
     if connection.autocommit and connection.info.transaction_status == pq.TransactionStatus.IDLE:
         raise ValueError(
@@ -88,10 +95,9 @@ def check(connection: Any, schema: str, id: str, url: str) -> None:
             "Set client_encoding to UTF8."
         )
     with connection.cursor(row_factory=tuple_row) as cursor:
-        table = in_schema("perdure.store", schema)
-        there = cursor.execute("SELECT to_regclass(%s) IS NOT NULL", [table]).fetchone()
-        found = cursor.execute(f"SELECT id FROM {table}".encode()).fetchone() if there and there[0] else None
-    if found != (id,):
+        there = cursor.execute("SELECT to_regclass(%s) IS NOT NULL", [in_schema("perdure.store", schema)]).fetchone()
+        found = cursor.execute(home.named.encode()).fetchone() if there and there[0] else None
+    if found != ours() and found != ours(anew=True):
         raise ValueError(
             f"connection= is open on database {connection.info.dbname!r}, which is not the store {url}. Only a "
             "transaction of the store's own database can hold both. Open the connection on the store's database."

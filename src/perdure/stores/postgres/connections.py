@@ -79,6 +79,12 @@ class Address:
                 "The store URL cannot be read as one of PostgreSQL. Perhaps a character in it must be percent-encoded, "
                 "or a parameter is unknown. It is written postgresql://user@host:5432/database?sslmode=verify-full."
             ) from None
+        encoding = str(self.parameters.get("client_encoding") or "UTF8")
+        if encoding.upper() not in ("UTF8", "UTF-8", "UNICODE"):
+            raise NotAStore(
+                f"The store URL has client_encoding={encoding}. Perdure's texts are UTF-8, and its connections speak "
+                "it. Leave that parameter out."
+            )
         self._password = password
         self._trying = threading.Lock()
         self._pause = 0.0

@@ -16,7 +16,7 @@ import psycopg
 
 from perdure.core.errors import NotAStore, StoreCorrupt, StoreTooNew
 from perdure.stores.postgres.queries import in_schema
-from perdure.stores.schema import Schema, Step
+from perdure.stores.schema import EDITED, LATER, Schema, Step, gone
 
 _READABLE: Final = re.compile(r"^-- readable by: (\d+)$", re.MULTILINE)
 
@@ -55,17 +55,28 @@ def _load() -> tuple[Migration, ...]:
 MIGRATIONS: Final = _load()
 
 
-def applied(db: psycopg.Connection[Any], schema: str) -> list[Applied] | None:
+def applied(db: psycopg.Connection[Any], schema: str, url: str) -> list[Applied] | None:
     """What the schema has, in order; None if it is no schema of ours, or not there."""
-    there = db.execute(
-        "SELECT 1 FROM pg_class AS class JOIN pg_namespace AS space ON space.oid = class.relnamespace "
+    columns = db.execute(
+        "SELECT attribute.attname FROM pg_class AS class JOIN pg_namespace AS space ON space.oid = class.relnamespace "
+        "JOIN pg_attribute AS attribute ON attribute.attrelid = class.oid AND attribute.attnum > 0 "
         "WHERE space.nspname = %s AND class.relname = 'migrations'",
         [schema],
-    ).fetchone()
-    if there is None:
+    ).fetchall()
+    if not columns:
         return None
+    if not set(Applied._fields) <= {name for (name,) in columns}:
+        raise _taken(url, "a table migrations that is none of ours")
     asked = "SELECT number, name, checksum, readable_by, applied_at FROM perdure.migrations ORDER BY number"
     return [Applied(*row) for row in db.execute(in_schema(asked, schema).encode()).fetchall()]
+
+
+def _taken(url: str, what: str) -> NotAStore:
+    return NotAStore(
+        f"The store {url} cannot be made: its schema has {what}. Perdure's tables stand in a schema of their own. "
+        "Name another one with schema=, which is then created.",
+        store=url,
+    )
 
 
 def missing(found: list[Applied] | None, url: str) -> list[Migration]:
@@ -93,19 +104,30 @@ def missing(found: list[Applied] | None, url: str) -> list[Migration]:
 
 def look(db: psycopg.Connection[Any], schema: str, url: str) -> Schema:
     """The tables of the store in this schema, also where some are missing."""
-    known = {migration.number for migration in MIGRATIONS}
-    steps = [
-        Step(number=one.number, name=one.name, applied_at=one.applied_at, known=one.number in known)
-        for one in applied(db, schema) or ()
-    ]
+    known = {migration.number: migration for migration in MIGRATIONS}
+    steps = []
+    for one in applied(db, schema, url) or ():
+        mine = known.get(one.number)
+        if mine is None:
+            trouble = LATER if one.readable_by > MIGRATIONS[-1].number else ""
+        else:
+            trouble = EDITED if one.checksum != mine.checksum else ""
+        step = Step(
+            number=one.number, name=one.name, applied_at=one.applied_at, known=mine is not None, trouble=trouble
+        )
+        steps.append(step)
     there = {step.number for step in steps}
     steps += [Step(number=one.number, name=one.name) for one in MIGRATIONS if one.number not in there]
-    return Schema(url=url, steps=sorted(steps, key=lambda step: step.number))
+    tables = {
+        name for (name,) in db.execute("SELECT tablename FROM pg_tables WHERE schemaname = %s", [schema]).fetchall()
+    }
+    made = [one.text for one in MIGRATIONS if one.number in there]
+    return Schema(url=url, steps=sorted(steps, key=lambda step: step.number), gone=gone(made, tables))
 
 
 def check(db: psycopg.Connection[Any], schema: str, url: str) -> None:
     """Refuse a store whose tables are not there, or older than this version needs."""
-    found = applied(db, schema)
+    found = applied(db, schema, url)
     if wanted := missing(found, url):
         what = f"there is no schema {schema!r} with tables of Perdure" if found is None else (
             f"its tables lack {', '.join(migration.name for migration in wanted)}"
@@ -119,10 +141,24 @@ def check(db: psycopg.Connection[Any], schema: str, url: str) -> None:
 
 def migrate(db: psycopg.Connection[Any], schema: str, url: str, now: int) -> list[Migration]:
     """Bring the tables up to date, and say what was applied. A killed migration leaves what was there before."""
+    try:
+        return _migrated(db, schema, url, now)
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise NotAStore(
+            f"The tables of the store {url} could not be made: the server says: {error.diag.message_primary}. Its role "
+            "may not create them. Run `perdure db upgrade` with a role that may (CREATE on the database, or on the "
+            'schema if it is there), then open it with migrate="check".',
+            store=url,
+        ) from error
+    except (psycopg.errors.DuplicateTable, psycopg.errors.DuplicateObject) as error:
+        raise _taken(url, f"something of a name that Perdure needs ({error.diag.message_primary})") from error
+
+
+def _migrated(db: psycopg.Connection[Any], schema: str, url: str, now: int) -> list[Migration]:
     with db.transaction():
         db.execute("SELECT pg_advisory_xact_lock(hashtext('perdure'), hashtext(%s))", [schema])
         # Asked inside the lock: another process may have been quicker.
-        found = applied(db, schema)
+        found = applied(db, schema, url)
         wanted = missing(found, url)
         if not wanted:
             return []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
+from hashlib import blake2b
 from importlib import resources
 from typing import Final, NamedTuple
 
@@ -19,6 +20,8 @@ _NAME: Final = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
 _FRAGMENT: Final = re.compile(r"/\* (\w+) \*/")
 _PARAMETER: Final = re.compile(r"\$(\w+)::(\w+(?:\[\])?)")
 _OURS: Final = re.compile(r"\bperdure\.")
+LONGEST: Final = 63
+"""Letters of a name in the database."""
 _SCHEMA: Final = re.compile(r"[a-z_][a-z0-9_]{0,62}\Z")
 
 
@@ -40,6 +43,12 @@ def check_schema(schema: str) -> str:
             "underscores, at most 63, must not begin with a digit, nor with pg_. Choose such a name."
         )
     return schema
+
+
+def channel_of(schema: str) -> str:
+    """The channel of a schema's notifications. Long names are shortened: a channel has at most 63 letters."""
+    name = f"perdure_{schema}"
+    return name if len(name) <= LONGEST else f"perdure_{blake2b(schema.encode(), digest_size=16).hexdigest()}"
 
 
 def in_schema(text: str, schema: str) -> str:

@@ -138,6 +138,7 @@ SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::int8, pg_backend_pid()
     current_setting('default_transaction_read_only'), current_setting('synchronous_commit'), current_setting('fsync'),
     current_setting('server_version_num')::int4, current_setting('server_encoding');
 
--- name: id
--- Which store this is.
-SELECT id FROM perdure.store;
+-- name: home
+-- Which store this is: a copy of its database has the same id elsewhere, or on a server that began at another time.
+SELECT id, (SELECT oid::bigint FROM pg_database WHERE datname = current_database()), pg_postmaster_start_time()
+FROM perdure.store;

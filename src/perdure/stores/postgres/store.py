@@ -45,7 +45,7 @@ from perdure.stores.postgres import borrowed, connections, judging, migrations, 
 from perdure.stores.postgres.errors import ours
 from perdure.stores.postgres.listening import Bell, Listener
 from perdure.stores.postgres.pipe import DISCARD, Plans
-from perdure.stores.postgres.queries import check_schema, statements
+from perdure.stores.postgres.queries import channel_of, check_schema, statements
 from perdure.stores.postgres.sending import Sending
 from perdure.stores.postgres.transaction import Steps, StepTransaction
 from perdure.stores.postgres.writer import Writer
@@ -118,8 +118,8 @@ class PostgresStore:
         self._direct: Final = None if direct is None else connections.Address(direct, password=password, shown={})
         self.url = self._address.url
         self._schema: Final = check_schema(schema)
-        self._channel: Final = f"perdure_{schema}"
-        self._known_id: str | None = None
+        self._channel: Final = channel_of(schema)
+        self._known_home: tuple[Any, ...] | None = None
         self._statements: Final = statements(schema)
         self._server_clock: Final = connections.ServerClock(self._ask_clock)
         self._clock: Final = clock or self._server_clock
@@ -254,7 +254,7 @@ class PostgresStore:
     def write_on(self, connection: Any, batch: Batch) -> list[Verdict]:
         self._check_open()
         with ours(self.url):
-            borrowed.check(connection, self._schema, self._id(), self.url)
+            borrowed.check(connection, self._schema, self._statements["home"], self._home, self.url)
             way = borrowed.Borrowed(connection)
             with way.savepoint():
                 sending = Sending(way, self._statements, self._clock, batch, self.url)
@@ -579,7 +579,7 @@ class PostgresStore:
             self._server_clock.set(now)
             if migrate == "check":
                 migrations.check(db, self._schema, self.url)
-            elif migrations.missing(migrations.applied(db, self._schema), self.url):
+            elif migrations.missing(migrations.applied(db, self._schema, self.url), self.url):
                 made = migrations.migrate(db, self._schema, self.url, self._clock())
                 if made:
                     log.info("the store %s has now %s", self.url, ", ".join(one.name for one in made))
@@ -745,11 +745,11 @@ class PostgresStore:
         if self._closed:
             raise StoreError(f"The store {self.url} is closed. Nothing was done. Open a new one.", store=self.url)
 
-    def _id(self) -> str:
-        """Which store this is, also where its database has many names."""
-        if self._known_id is None:
-            self._known_id = str(self._ask("id")[0][0])
-        return self._known_id
+    def _home(self, *, anew: bool = False) -> tuple[Any, ...]:
+        """Which store this is, also where its database has many names, or was copied."""
+        if self._known_home is None or anew:
+            self._known_home = self._ask("home")[0]
+        return self._known_home
 
     def _due(self, scope: Mapping[str, Any], incarnation: str) -> tuple[int | None, int | None, bool, bool]:
         """When the latest of what is due came due, when the next timer comes; whether mail calls nobody, or us."""

@@ -41,6 +41,12 @@ def borrowed(connection: Any, path: str, url: str) -> Iterator[Plain]:
             f"connection= got {connection!r}, and the store {url} is a SQLite file. Its own transactions belong to a "
             "sqlite3.Connection. Pass the connection whose transaction this shall be part of."
         )
+    try:
+        connection.in_transaction, connection.total_changes  # noqa: B018  # to be asked whether it can be used
+    except sqlite3.ProgrammingError as error:
+        raise ValueError(
+            f"connection= cannot be used here: {error} Pass an open connection, in the thread that it belongs to."
+        ) from error
     db = Plain(connection)
     factory, connection.text_factory = connection.text_factory, str
     try:
