@@ -645,7 +645,14 @@ class Evicted(Unwinding):
 
 
 class NeverRests(Unwinding):
-    """The workflow's code ran on without waiting for anything. What takes long belongs in a step."""
+    """The workflow's code ran on without waiting for anything. What takes long belongs in a step.
+
+    where: the line at which it was stopped, if that is known.
+    """
+
+    def __init__(self, text: str = "", *, where: str = "") -> None:
+        super().__init__(text)
+        self.where = where
 
 
 if sys.version_info >= (3, 11):

@@ -115,10 +115,9 @@ def _blocked(row: Row, now: int, around: Surroundings) -> str:
 
 
 def _quarantined(row: Row, now: int, around: Surroundings) -> str:
-    return (
-        f"Run {row.id} is quarantined: it killed its worker {row.strikes} times, the last time executed alone; "
-        "mend its code, then terminate it and start anew."
-    )
+    said = read_waits(row.waits).restless.rstrip(".")
+    reason = said[:1].lower() + said[1:] or f"it killed its worker {row.strikes} times, the last time executed alone"
+    return f"Run {row.id} is quarantined: {reason}; mend its code, then terminate it and start anew."
 
 
 def _paused(row: Row, now: int, around: Surroundings) -> str:

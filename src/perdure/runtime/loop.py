@@ -12,12 +12,14 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import os
 import sys
 import threading
 from asyncio import events as asyncio_events
 from asyncio import tasks as asyncio_tasks
 from collections import deque
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from perdure.core.errors import NeverRests
@@ -132,6 +134,26 @@ class RunTask(asyncio.Task):  # type: ignore[type-arg]
         return self is other
 
 
+_NOT_THEIRS: Final = (f"{Path(__file__).parents[1]}{os.sep}", f"{Path(asyncio.__file__).parent}{os.sep}", "<frozen")
+
+
+def is_theirs(file: str) -> bool:
+    """Whether a source file is neither ours nor asyncio's."""
+    return not file.startswith(_NOT_THEIRS)
+
+
+def line_of(task: Any) -> str:
+    """Where the code of a task waits; "" if it is none."""
+    waits: Any = task.get_coro() if isinstance(task, asyncio.Task) else None
+    where = ""
+    while (frame := getattr(waits, "cr_frame", None) or getattr(waits, "gi_frame", None)) is not None:
+        code = frame.f_code
+        if is_theirs(code.co_filename):
+            where = f"{code.co_filename}:{frame.f_lineno} in {code.co_name}"
+        waits = getattr(waits, "cr_await", None) or getattr(waits, "gi_yieldfrom", None)
+    return where
+
+
 class _Timer(asyncio.TimerHandle):
     """A timer of `call_at`, kept in the line with those of sleeps and waits."""
 
@@ -206,7 +228,10 @@ class RunLoop(asyncio.AbstractEventLoop):
                     return
                 left -= 1
                 if left == 0:
-                    raise NeverRests(f"{MOST_CALLBACKS} callbacks without rest")
+                    raise NeverRests(
+                        f"{MOST_CALLBACKS} callbacks without rest",
+                        where=line_of(getattr(handle._callback, "__self__", None)),
+                    )
         finally:
             self.leave(before)
 

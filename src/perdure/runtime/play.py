@@ -22,7 +22,7 @@ from perdure.core.match import Difference, Line, Op
 from perdure.runtime.context import Context, Facts, SyncContext, ThisRun
 from perdure.runtime.drive_async import AsyncDriver
 from perdure.runtime.drive_sync import BodyThreads, SyncDriver
-from perdure.runtime.loop import MOST_CALLBACKS
+from perdure.runtime.loop import MOST_CALLBACKS, line_of
 from perdure.runtime.registry import Workflow
 
 
@@ -72,7 +72,8 @@ class Play:
         self.workflow = workflow
         self.run = run
         self.end: End | None = None
-        self.restless = False
+        self.restless = ""
+        """Where the code was stopped because it did not rest; "" if it did."""
         self._seed = seed
         self._input = input
         self._limits = limits
@@ -91,7 +92,11 @@ class Play:
     @property
     def over(self) -> bool:
         """Whether nothing more can be delivered: the code has ended, differs or did not rest."""
-        return self.end is not None or self.line.difference is not None or self.restless
+        return self.end is not None or self.line.difference is not None or bool(self.restless)
+
+    def did_not_rest(self, where: str = "") -> None:
+        """The code was stopped. Twice is once: what is known of where, stays."""
+        self.restless = where or self.restless or "at a line that nobody saw"
 
     def begin(self, started: ev.Started) -> None:
         """Begin a life that has no record yet but its `started`."""
@@ -200,7 +205,7 @@ class Play:
             left -= 1
             if left == 0:
                 # Each timer sets another one for the same instant.
-                self.restless = True
+                self.did_not_rest(line_of(getattr(self.driver, "main", None)))
             if self._stopped():
                 return False
         return True
@@ -210,8 +215,8 @@ class Play:
         assert driver is not None
         try:
             over = driver.run()
-        except NeverRests:
-            self.restless = True
+        except NeverRests as error:
+            self.did_not_rest(error.where)
             return
         if over and self.end is None and self.line.difference is None:
             self._finish()
@@ -261,7 +266,7 @@ class Play:
                 self._end_with("completed", result, None)
                 return
         if isinstance(error, NeverRests):
-            self.restless = True
+            self.did_not_rest(error.where)
         elif isinstance(error, Unwinding):
             # The code was closed; nothing it did then counts.
             self.line.dead = True

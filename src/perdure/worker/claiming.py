@@ -16,7 +16,7 @@ from perdure.core import stored
 from perdure.core.errors import PerdureError
 from perdure.core.turn import Batch, Claim, Head, Key, Turn
 from perdure.stores.contract import Store
-from perdure.worker.ending import end_without_code
+from perdure.worker.ending import end_without_code, what_it_did
 from perdure.worker.residents import fence_of, put_aside
 from perdure.worker.shift import Shift
 
@@ -171,7 +171,7 @@ class Housekeeper:
             if row.deadline_at is not None and row.deadline_at <= self.store.now():
                 status, reason = "timed_out", "It did not end before its timeout."
             else:
-                status, reason = "quarantined", f"It killed its worker {row.strikes} times, the last time alone."
+                status, reason = "quarantined", what_it_did(row)
             turn = end_without_code(self.store, row, status, reason=reason, turn_id=self.shift.turn_id())
             self.store.write(Batch(turns=[turn]))
             moved += 1

@@ -13,12 +13,20 @@ from perdure.core import stored
 from perdure.core.failure import RecordedError
 from perdure.core.status import ENDED
 from perdure.core.turn import Row, Turn
-from perdure.core.waits import Waits, waits_text
+from perdure.core.waits import Waits, read_waits, waits_text
 from perdure.stores.contract import Store
 from perdure.worker.remote_end import cancelling, policy_of, telling_parent
 
 STRIKES = 3
 """So often a run may kill its worker (the last time executed alone) before it is quarantined."""
+
+
+def what_it_did(row: Row) -> str:
+    """Why a run with three strikes is put aside, as a sentence."""
+    restless = read_waits(row.waits).restless
+    if restless:
+        return f"Its code did not rest and was stopped, or killed its worker, {row.strikes} times, at last {restless}."
+    return f"It killed its worker {row.strikes} times, the last time alone."
 
 
 def end_without_code(store: Store, row: Row, status: str, *, reason: str, turn_id: str) -> Turn:

@@ -259,8 +259,8 @@ class Resident:
         try:
             with self.shift.watching(self):
                 play.begin(started)
-        except NeverRests:
-            play.restless = True
+        except NeverRests as error:
+            play.did_not_rest(error.where)
         self.rebuilding = False
         self._gather(play.take())
         self.pump()
@@ -277,8 +277,8 @@ class Resident:
                     next(steps)
         except StopIteration:
             self._come_alive(mail, again, resumed)
-        except NeverRests:
-            self.play.restless = True
+        except NeverRests as error:
+            self.play.did_not_rest(error.where)
             self._come_alive(mail, again, resumed)
         else:
             self.shift.loop.call_soon(self.shift.safely, self, self._replay, steps, mail, again, resumed)
@@ -490,9 +490,9 @@ class Resident:
         watched.since = monotonic()
         try:
             play.deliver(event, value)
-        except NeverRests:
+        except NeverRests as error:
             # The watchdog's exception came a moment late: it must not reach the caller's loop.
-            play.restless = True
+            play.did_not_rest(error.where)
         finally:
             with watched.lock:
                 watched.since = 0.0
@@ -740,7 +740,7 @@ class Resident:
             Gathered(),
             status=WAITING,
             wake_at=self.shift.now() + FIRST_BACK_OFF * 5,
-            waits=waits_text(Waits(restless=self.shift.last_stack)),
+            waits=waits_text(Waits(restless=self.play.restless)),
             release=True,
             strike=True,
         )

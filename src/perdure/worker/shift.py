@@ -133,7 +133,6 @@ class Shift:
         self.draining = False
         self.reaped_at = self.monotonic()  # when a dead worker was found here, or this one began
         self.closed = False
-        self.last_stack = ""
         self.incarnation = ""
         self.heartbeat: Heartbeat | None = None
         self.committer = Committer(

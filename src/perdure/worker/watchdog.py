@@ -16,6 +16,7 @@ import traceback
 from typing import Any, Final
 
 from perdure.core.errors import NeverRests
+from perdure.runtime.loop import is_theirs
 
 log = logging.getLogger("perdure.worker")
 
@@ -43,12 +44,11 @@ class Watched:
 
 
 class Watchdog:
-    """A thread over one `Watched`. busy: seconds at which the code is interrupted; `last_stack` is where it was."""
+    """A thread over one `Watched`. busy: seconds at which the code is interrupted."""
 
     def __init__(self, watched: Watched, busy: float) -> None:
         self.watched = watched
         self.busy = busy
-        self.last_stack = ""
         self._logged = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="perdure-watchdog", daemon=True)
@@ -89,8 +89,7 @@ class Watchdog:
                 log.warning("run %s: its code has not rested for %.1f s\n%s", resident.this.id, taken, stack)
             if taken < self.busy or sys.gettrace() is not None:
                 return
-            resident.shift.last_stack = _line_of(frame)
-            resident.play.restless = True
+            resident.play.did_not_rest(_line_of(frame))
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(NeverRests))
             # Once is enough: the next look starts counting anew.
             watched.since = time.monotonic()
@@ -101,7 +100,7 @@ def _line_of(frame: Any) -> str:
     where = frame
     while where is not None:
         name = where.f_code.co_filename
-        if "/perdure/" not in name and "/asyncio/" not in name and not name.startswith("<frozen"):
+        if is_theirs(name):
             return f"{name}:{where.f_lineno} in {where.f_code.co_name}"
         where = where.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
