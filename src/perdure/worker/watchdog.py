@@ -13,13 +13,16 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 from typing import Any, Final
 
 from perdure.core.errors import NeverRests
-from perdure.runtime.loop import is_theirs
+from perdure.runtime.loop import is_theirs, line_of
 
 log = logging.getLogger("perdure.worker")
 
+_ENTRY: Final = str(Path(__file__).with_name("residents.py"))
+"""From here the code of runs is called: what is further out is not theirs."""
 FIRST_LOOK: Final = 1.0
 """Seconds of code without rest after which its stack is logged."""
 
@@ -89,18 +92,18 @@ class Watchdog:
                 log.warning("run %s: its code has not rested for %.1f s\n%s", resident.this.id, taken, stack)
             if taken < self.busy or sys.gettrace() is not None:
                 return
-            resident.play.did_not_rest(_line_of(frame))
+            resident.play.did_not_rest(_line_of(frame, getattr(driver, "main", None)))
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(NeverRests))
             # Once is enough: the next look starts counting anew.
             watched.since = time.monotonic()
 
 
-def _line_of(frame: Any) -> str:
-    """The innermost line that is not ours or the standard library's."""
+def _line_of(frame: Any, main: Any) -> str:
+    """The innermost line of the run's code. main: its task, which may be between two steps."""
     where = frame
-    while where is not None:
+    while where is not None and where.f_code.co_filename != _ENTRY:
         name = where.f_code.co_filename
         if is_theirs(name):
             return f"{name}:{where.f_lineno} in {where.f_code.co_name}"
         where = where.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return line_of(main)
