@@ -715,3 +715,30 @@ async def test_a_workflow_is_no_function_of_a_step(tmp_path: Path) -> None:
     async with engine(tmp_path, confused) as it:
         with pytest.raises(RunFailed, match="run_workflow"):
             await (await it.start(confused)).result(timeout=60)
+
+
+async def test_why_warns_of_a_step_that_is_called_with_other_arguments_than_recorded(tmp_path: Path) -> None:
+    given = [1]
+
+    @workflow
+    async def pays(ctx: Context) -> int:
+        paid = await ctx.step.run("pay", lambda cents: cents, given[0])
+        await ctx.step.wait_signal("go")
+        await ctx.step.wait_signal("on")
+        return int(paid)
+
+    async with engine(tmp_path, pays) as it:
+        handle: RunHandle[int] = await it.start(pays)
+        await status_of(handle, "waiting")
+        assert "other arguments" not in await handle.why()
+    given[0] = 2
+    async with engine(tmp_path, pays) as it:
+        handle = it.handle(handle.id, returns=int)
+        await handle.signal("go")
+        await until(lambda: ask(tmp_path, "SELECT 1 FROM perdure_runs WHERE waits LIKE '%changed%'"), "the warning")
+        why = await handle.why()
+        assert 'for signal "on"' in why
+        assert 'Step "pay" (' in why
+        assert "is called with other arguments than recorded; the recorded outcome was used." in why
+        await handle.signal("on")
+        assert await handle.result(timeout=60) == 1

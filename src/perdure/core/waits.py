@@ -30,7 +30,10 @@ class Wait(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Waits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The whole column. blocked: the report; tries: how often it was tried in vain. restless: a stack."""
+    """The whole column. blocked: the report; tries: how often it was tried in vain. restless: a line.
+
+    changed: the first step that the code now calls with other arguments than recorded.
+    """
 
     waits: list[Wait] = msgspec.field(name="for", default_factory=list)
     more: int = 0
@@ -38,6 +41,7 @@ class Waits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     blocked: str = ""
     tries: int = 0
     restless: str = ""
+    changed: str = ""
 
 
 _decoder: Final[msgspec.json.Decoder[Waits]] = msgspec.json.Decoder(Waits)

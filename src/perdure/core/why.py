@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from perdure.core.retry import moment
 from perdure.core.turn import Announced, Mail, Row
-from perdure.core.waits import Wait, read_waits
+from perdure.core.waits import Wait, Waits, read_waits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +89,8 @@ def _held(row: Row, now: int, around: Surroundings) -> str:
 
 
 def _running(row: Row, now: int, around: Surroundings) -> str:
-    step = next((wait for wait in read_waits(row.waits).waits if wait.kind == "step"), None)
+    waits = read_waits(row.waits)
+    step = next((wait for wait in waits.waits if wait.kind == "step"), None)
     if step is not None:
         doing = f'step "{step.step}"{_site(step)}, attempt {step.attempt}{_of(step)}'
         if around.worker is None:
@@ -99,7 +100,7 @@ def _running(row: Row, now: int, around: Surroundings) -> str:
             )
         return (
             f"Run {row.id} is running {doing}, in worker {around.worker} since {_length(now - step.since)}; "
-            "it goes on when the step's function returns."
+            f"it goes on when the step's function returns.{_changed(waits)}"
         )
     if around.worker is None:
         return (
@@ -153,11 +154,18 @@ def _waiting(row: Row, now: int, around: Surroundings) -> str:
     if waits.cancel is not None:
         reason = f' ("{waits.cancel}")' if waits.cancel else ""
         sentence += f" It was asked to cancel{reason} and has not ended: its code ignores that or is cleaning up."
+    sentence += _changed(waits)
     if not around.serves(row.workflow):
         sentence += f' No worker that serves "{row.workflow}" lives now.'
     elif not around.takes(row.workflow, row.queue):
         sentence += f' No living worker that serves "{row.workflow}" takes from its queue "{row.queue}".'
     return sentence
+
+
+def _changed(waits: Waits) -> str:
+    if not waits.changed:
+        return ""
+    return f" Step {waits.changed} is called with other arguments than recorded; the recorded outcome was used."
 
 
 def _wait_sleep(row: Row, wait: Wait, now: int, around: Surroundings) -> str:

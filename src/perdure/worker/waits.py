@@ -31,6 +31,7 @@ def waits_of(resident: Resident, status: str) -> str:
             more=max(len(line.pending) - SHOWN, 0),
             # Asked to cancel and still here: its code has swallowed the request, or is cleaning up.
             cancel=line.cancel_reason if line.cancel_requested else None,
+            changed="".join(f'"{step}" ({site})' for step, site in line.digests_differ),
         )
     )
 
