@@ -231,6 +231,14 @@ def test_a_run_that_is_killed_goes_on(shell: Shell) -> None:
     assert (said.code, said.out) == (0, '"held"\n')
 
 
+def test_a_run_that_has_ended_before_is_shown_once_as_it_is(shell: Shell) -> None:
+    line = ["run", "flows.py:greet", "--id", "g", "--input", "Ada"]
+    shell.do(*line)
+    said = shell.do(*line)
+    assert (said.code, said.out) == (0, '"Hello, Ada!"\n')
+    assert said.err == "run g of workflow greet has ended before: it is completed\n  = greeting: done\n"
+
+
 FILLS = """
 import resource, signal
 from perdure import Context, workflow

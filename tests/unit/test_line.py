@@ -200,8 +200,10 @@ def test_changed_code_before_a_recorded_outcome_is_a_difference(changed: Callabl
     assert play.difference.recorded == 'run step "a" (work)'
     assert "test_line.py:" in play.difference.recorded_site
     assert play.difference.asked == asked
-    if "end" not in asked:
-        assert "test_line.py:" in play.difference.asked_site
+    assert "test_line.py:" in play.difference.asked_site
+    if changed is raises_first:
+        line = raises_first.__code__.co_firstlineno + 1
+        assert play.difference.asked_site.endswith(f":{line}"), "the line that raised"
     assert play.difference.number == 2
 
 

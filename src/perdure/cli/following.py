@@ -37,6 +37,7 @@ class Follower:
         self._since = since
         self._steps = Steps()
         self._begun = False
+        self._looking = asyncio.Lock()  # the last look may come while another is under way
         self._shown: set[str] = set()
         self.stuck = False
         """Whether it was given up because its store cannot be written."""
@@ -72,16 +73,22 @@ class Follower:
     async def last(self) -> None:
         """Show what came with the end."""
         row = await self._look()
-        if row.ended_at is not None:
+        if row.ended_at is not None and row.ended_at >= self._since:
             took = length(moment(row.ended_at) - moment(row.created_at))
             self._print(f"run {row.id} {row.status.replace('_', ' ')} after {took}", "bold")
 
     async def _look(self) -> Row:
+        async with self._looking:
+            return await self._shown_anew()
+
+    async def _shown_anew(self) -> Row:
         core = self._core
         row = await core.row(self._handle.id)
         if not self._begun:
             self._begun = True
             begins = "begins" if row.created_at >= self._since else "goes on"
+            if row.ended_at is not None and row.ended_at < self._since:
+                begins = f"has ended before: it is {row.status.replace('_', ' ')}"
             self._print(f"run {row.id} of workflow {row.workflow} {begins}", "bold")
         taken = self._steps.taken
         texts = await core.read(functools.partial(core.store.history, row.key, taken))

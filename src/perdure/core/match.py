@@ -145,6 +145,7 @@ class Line:
     skipped: tuple[tuple[str, str], ...] = ()  # (message id, why) of signals that did not fit
     unheard: tuple[tuple[str, BaseException | None], ...] = ()  # errors of the code that nobody caught, in life
     digests_differ: tuple[tuple[str, str], ...] = ()  # (step, site) of the first
+    end_site: str = ""  # where the code has ended, in replay
     answers: Mapping[str, bool] = MappingProxyType({})
     signals: Mapping[str, deque[ev.Signal]] = MappingProxyType({})
     waits: Mapping[str, deque[Op]] = MappingProxyType({})
@@ -306,7 +307,7 @@ class Line:
         op = self.ops.get(op_id)
         return op is not None and op.state == PENDING and op.kind in LOCAL and op.attempt == attempt
 
-    def differ(self, number: int, event: ev.Event | None, asked: Op | None, *, text: str = "") -> None:
+    def differ(self, number: int, event: ev.Event | None, asked: Op | None, *, text: str = "", site: str = "") -> None:
         """Keep the first difference; the driver stops the code."""
         if self.difference is None:
             if event is None and self.following is not None:
@@ -318,7 +319,7 @@ class Line:
                 recorded=describe(event) if event is not None else "nothing more",
                 recorded_site=getattr(event, "site", "") if event is not None else "",
                 asked=text or (describe_op(asked) if asked is not None else "nothing"),
-                asked_site=asked.site if asked is not None and not text else "",
+                asked_site=asked.site if asked is not None and not text else site,
                 number=number,
             )
         self.dead = True
@@ -336,7 +337,8 @@ class Line:
             # An end reached in the last recorded input is written behind it, with what it cancels.
             self.commands.append(command)
             return True
-        self.differ(self._number, None, None, text=describe(command))
+        site = self.end_site if isinstance(command, ev.Ended) else ""
+        self.differ(self._number, None, None, text=describe(command), site=site)
         return False
 
     def _recorded(self, kind: type, op: Op) -> ev.Command | None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +20,12 @@ from perdure.core.errors import Cancelled, NeverRests, Unwinding
 from perdure.core.failure import RecordedError
 from perdure.core.limits import Limits
 from perdure.core.match import Difference, Line, Op
+from perdure.runtime import steps
 from perdure.runtime.context import Context, Facts, SyncContext, ThisRun
 from perdure.runtime.drive_async import AsyncDriver
 from perdure.runtime.drive_sync import BodyThreads, SyncDriver
-from perdure.runtime.loop import MOST_CALLBACKS, line_of
-from perdure.runtime.registry import Workflow
+from perdure.runtime.loop import MOST_CALLBACKS, is_theirs, line_of
+from perdure.runtime.registry import Workflow, place_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,6 +259,8 @@ class Play:
     def _finish(self) -> None:
         assert self.driver is not None
         value, error = self.driver.outcome()
+        if self.line.replaying:
+            self.line.end_site = self._end_site(error)
         if error is None:
             try:
                 result = self.workflow.returns.roundtrip(value, "the run's result", self._limits)[0].decode()
@@ -275,6 +279,17 @@ class Play:
         else:
             self._end_with("failed", None, failure.record(error))
             failure.let_go(error)
+
+    def _end_site(self, error: BaseException | None) -> str:
+        """Where the code has ended, for a report: the line that raised, or where the function begins."""
+        where = ""
+        for frame, number in traceback.walk_tb(error.__traceback__ if error is not None else None):
+            if is_theirs(frame.f_code.co_filename):
+                where = f"{steps.short(frame.f_code.co_filename)}:{number}"
+        if not where:
+            file, _, number_ = place_of(self.workflow.fn).rpartition(":")
+            where = f"{steps.short(file)}:{number_}" if file else ""
+        return where
 
     def _end_with(self, status: str, result: str | None, error: RecordedError | None) -> None:
         self.line.finish(status)

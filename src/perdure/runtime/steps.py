@@ -209,7 +209,7 @@ _FREE: Final = Signature("the child workflow", [Parameter("args", "rest", False)
 def call_site(depth: int) -> str:
     """`folder/file.py:line` of the caller `depth` frames up: evidence for reports, never compared."""
     frame = sys._getframe(depth)
-    return f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
+    return f"{short(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
 def is_async(fn: Any) -> bool:
@@ -222,7 +222,7 @@ def is_async(fn: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _short(path: str) -> str:
+def short(path: str) -> str:
     """A source file as people name it: relative to the working directory if below it, else its last two parts."""
     try:
         relative = os.path.relpath(path)
