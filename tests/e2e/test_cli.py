@@ -232,7 +232,7 @@ def test_a_run_that_is_killed_goes_on(shell: Shell) -> None:
 
 
 def test_a_run_that_has_ended_before_is_shown_once_as_it_is(shell: Shell) -> None:
-    line = ["run", "flows.py:greet", "--id", "g", "--input", "Ada"]
+    line = ["run", "flows.py:greet", "--id", "g", "--input", '"Ada"']
     shell.do(*line)
     said = shell.do(*line)
     assert (said.code, said.out) == (0, '"Hello, Ada!"\n')
