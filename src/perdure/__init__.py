@@ -1,5 +1,7 @@
 """Perdure: durable execution for Python. These are the public names; nothing else is."""
 
+from typing import TYPE_CHECKING
+
 from perdure.client import Client, RunHandle
 from perdure.core.errors import (
     CallFailed,
@@ -40,8 +42,13 @@ from perdure.info import Event, RunInfo, RunPage
 from perdure.runtime.context import Context, Pending
 from perdure.runtime.registry import Activity, Workflow, activity, workflow
 from perdure.stores.memory import MemoryStore
+from perdure.stores.opening import by_name as __getattr__  # noqa: F401  # PostgresStore, whose driver is an extra
 from perdure.stores.sqlite import SQLiteStore
 from perdure.worker.executing import StepInfo, current_step
+
+if TYPE_CHECKING:
+    from perdure.stores.postgres import PostgresStore as PostgresStore
+
 
 __all__ = [
     "Activity",

@@ -23,8 +23,10 @@ from perdure import (
     RunHandle,
     RunTerminated,
     RunTimedOut,
+    activity,
     workflow,
 )
+from perdure.runtime.context import SyncContext
 from tests.integration.helpers import ask, contents, engine, kinds, status_of, url_of
 
 ROOT = Path(__file__).parents[2]
@@ -271,3 +273,39 @@ async def test_a_start_by_name_keeps_the_workflows_own_timeout(tmp_path: Path) -
         run = await client.start("limited")
         with pytest.raises(RunTimedOut):
             await run.result(timeout=60)
+
+
+@workflow
+async def bare(ctx: Context) -> Any:
+    return ctx.input
+
+
+@workflow
+def bare_sync(ctx: SyncContext) -> Any:
+    return ctx.input
+
+
+@pytest.mark.parametrize("flow", [bare, bare_sync], ids=lambda flow: flow.name)
+async def test_a_workflow_with_no_parameter_but_the_context_takes_its_input_from_there(
+    flow: Any, tmp_path: Path
+) -> None:
+    async with engine(tmp_path, flow) as it:
+        assert await (await it.start(flow, {"a": [1, 2]})).result(timeout=60) == {"a": [1, 2]}
+        assert await (await it.start(flow)).result(timeout=60) is None
+        with pytest.raises(TypeError):
+            await it.start(flow, 1, 2)
+        with pytest.raises(TypeError):
+            await it.start(flow, a=1)
+    async with Client(url_of(tmp_path)) as client:
+        handle = await client.start(flow.name, 5)
+        async with engine(tmp_path, flow):
+            assert await handle.result(timeout=60) == 5
+
+
+def test_a_setting_that_a_decorator_does_not_know_is_refused_at_its_line() -> None:
+    decorators: list[tuple[Any, str]] = [(workflow, "@workflow"), (activity, "@activity")]
+    for decorator, what in decorators:
+        with pytest.raises(TypeError, match="naem"):
+            decorator(naem="x")
+        with pytest.raises(TypeError, match=f"{what} got 'x'"):
+            decorator("x")

@@ -231,6 +231,10 @@ def logic(tree: ast.Module) -> Iterator[int]:
         match node:
             case ast.Import() | ast.ImportFrom() | ast.Expr(value=ast.Constant(value=str())):
                 continue
+            case ast.If(test=ast.Name("TYPE_CHECKING"), body=body, orelse=[]) if all(
+                isinstance(each, (ast.Import, ast.ImportFrom)) for each in body
+            ):
+                continue
             case ast.Assign(value=value) | ast.AnnAssign(value=ast.expr() as value):
                 try:
                     ast.literal_eval(value)

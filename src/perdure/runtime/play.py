@@ -243,6 +243,8 @@ class Play:
             self._refuse_input(error)
             return
         facts.input_first = args[0] if args else next(iter(kwargs.values()), None)
+        if workflow.bare:
+            args = []
         context: Any = SyncContext(facts) if workflow.style == "sync" else Context(facts)
         driver.start(lambda: workflow.fn(context, *args, **kwargs), generator=workflow.style == "generator")
 

@@ -6,6 +6,7 @@ name are an error that names both places.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from datetime import timedelta
@@ -14,7 +15,7 @@ from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, Type
 
 from perdure.core.limits import check_name
 from perdure.core.retry import Retry, duration, exception_types, retry_given
-from perdure.core.signature import result_plan, signature_of
+from perdure.core.signature import Parameter, Signature, result_plan, signature_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -76,6 +77,10 @@ class Workflow(Generic[P, R]):
         self.style: Style = style_of(fn)
         self.place = place_of(fn)
         self.signature = signature_of(fn, name=self.name)
+        self.bare = not self.signature.parameters
+        if self.bare:
+            # Its one argument is `ctx.input`.
+            self.signature = Signature(self.name, [Parameter("input", "only", required=False)])
         self.returns = result_plan(fn)
         self.__name__ = fn.__name__
         self.__qualname__ = fn.__qualname__
@@ -104,6 +109,12 @@ class Activity(Generic[P, R]):
         total_timeout: timedelta | float | None = None,
         raises: tuple[type[BaseException], ...] | type[BaseException] = (),
     ) -> None:
+        given: Any = fn  # Callers are not all type-checked.
+        if isinstance(given, type) or not callable(given) or not hasattr(given, "__qualname__"):
+            raise TypeError(
+                f"@activity got {fn!r}. An activity is a function, async or plain. Decorate a function; settings go by "
+                "name: @activity(retry=…)."
+            )
         self.fn = fn
         self.name = check_name(name if name is not None else fn.__name__, "the name of an activity")
         self.queue = None if queue is None else check_name(queue, "queue=")
@@ -156,17 +167,27 @@ def workflow(
     retry: Retry | None = None,
     on_failure: Callable[..., Any] | None = None,
 ) -> _WorkflowDecorator: ...
-def workflow(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
+def workflow(
+    fn: Callable[..., Any] | None = None,
+    /,
+    *,
+    name: str | None = None,
+    queue: str = "default",
+    timeout: timedelta | float | None = None,
+    retry: Retry | None = None,
+    on_failure: Callable[..., Any] | None = None,
+) -> Any:
     """Make a function a workflow: `@workflow`, or `@workflow(name=…, queue=…, timeout=…)`.
 
-    The function's first parameter is the context; the others are the run's input. `async def`, `def` and
+    The function's first parameter is the context; the others are the run's input. One that has no others may be given
+    one argument all the same, which is `ctx.input`. `async def`, `def` and
     generator functions work alike. name: default the function's own. timeout: the longest a run may take, a
     timedelta or seconds; a run that takes longer ends as `timed_out`, without its code being asked.
     Nothing is registered: give the result to an `Engine` or `Worker`.
     """
-    if fn is None:
-        return lambda target: Workflow(target, **options)
-    return Workflow(fn)
+    made: Callable[..., Any] = Workflow
+    decorate = functools.partial(made, name=name, queue=queue, timeout=timeout, retry=retry, on_failure=on_failure)
+    return decorate if fn is None else decorate(fn)
 
 
 class _ActivityDecorator(Protocol):
@@ -192,16 +213,28 @@ def activity(
     total_timeout: timedelta | float | None = None,
     raises: tuple[type[BaseException], ...] | type[BaseException] = (),
 ) -> _ActivityDecorator: ...
-def activity(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
+def activity(
+    fn: Callable[..., Any] | None = None,
+    /,
+    *,
+    name: str | None = None,
+    queue: str | None = None,
+    retry: Retry | None = None,
+    timeout: timedelta | float | None = None,
+    total_timeout: timedelta | float | None = None,
+    raises: tuple[type[BaseException], ...] | type[BaseException] = (),
+) -> Any:
     """Give a step's function its own policy: `@activity`, or `@activity(retry=Retry(…), timeout=30)`.
 
     Without `queue` it runs where the workflow runs; with one it is dispatched to workers of that queue.
     timeout: one attempt, seconds or timedelta. total_timeout: all attempts and the waits between them.
     raises: exception types that a workflow wants to catch by their own name.
     """
-    if fn is None:
-        return lambda target: Activity(target, **options)
-    return Activity(fn)
+    made: Callable[..., Any] = Activity
+    decorate = functools.partial(
+        made, name=name, queue=queue, retry=retry, timeout=timeout, total_timeout=total_timeout, raises=raises
+    )
+    return decorate if fn is None else decorate(fn)
 
 
 class Registry:

@@ -86,7 +86,7 @@ def schema_of(url: str) -> Schema:
     """Which migrations have made a store's tables, and which are still to come; nothing is created or changed."""
     scheme = url.partition(":")[0]
     if scheme in POSTGRES:
-        return _postgres_class(url).schema_of(*_postgres_settings(url))
+        return postgres_class().schema_of(*_postgres_settings(url))
     path = url.partition("?")[0]
     if scheme == "sqlite" and path.startswith("sqlite:///"):
         from perdure.stores.sqlite import migrations
@@ -128,7 +128,7 @@ def _sqlite(url: str, path: str, given: Mapping[str, str]) -> Store:
 
 
 def _postgres(url: str) -> Store:
-    store = _postgres_class(url)
+    store = postgres_class()
     address, settings = _postgres_settings(url)
     try:
         return store(address, **settings)
@@ -137,14 +137,22 @@ def _postgres(url: str) -> Store:
         raise NotAStore(f"{shown} cannot be opened: {error}. Mend that parameter or leave it out.") from error
 
 
-def _postgres_class(url: str) -> type[PostgresStore]:
+def by_name(name: str) -> Any:
+    """`PostgresStore`, as an attribute of the package: imported when it is first asked for."""
+    if name != "PostgresStore":
+        raise AttributeError(f"module 'perdure' has no attribute {name!r}")
+    return postgres_class()
+
+
+def postgres_class() -> type[PostgresStore]:
+    """The class; `NotAStore` if its driver is not installed."""
     try:
         from perdure.stores.postgres import PostgresStore
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "psycopg":
             raise
         raise NotAStore(
-            "The store URL names a PostgreSQL database, and psycopg, which speaks to it, is not installed. "
+            "A store in PostgreSQL was asked for, and psycopg, which speaks to it, is not installed. "
             "It is an extra of Perdure. Install it: pip install 'perdure[postgres]'"
         ) from error
     return PostgresStore
@@ -152,7 +160,7 @@ def _postgres_class(url: str) -> type[PostgresStore]:
 
 def _postgres_settings(url: str) -> tuple[str, dict[str, Any]]:
     """The URL for libpq, and the arguments for the store that stood in it."""
-    store = _postgres_class(url)
+    store = postgres_class()
     ours = set(inspect.signature(store).parameters) - {"url", "clock", "password"}
     base, _, query = url.partition("?")
     given: dict[str, str] = {}
