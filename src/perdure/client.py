@@ -636,7 +636,7 @@ class Client:
         query = Query(
             namespace=core.namespace,
             workflow=workflow,
-            status=None if status is None else Status(status).value,
+            status=None if status is None else _status(status).value,
             parent=None if parent is None else (await core.row(parent)).key,
             created_after=None if created_after is None else instant(created_after, "created_after="),
             created_before=None if created_before is None else instant(created_before, "created_before="),
@@ -655,6 +655,16 @@ class Client:
         await core.open()
         found = await core.read(lambda: core.store.counts(core.namespace, workflow=workflow, queue=queue))
         return {Status(status): count for status, count in found.items()}
+
+
+def _status(given: Status | str) -> Status:
+    try:
+        return Status(given)
+    except ValueError:
+        names = ", ".join(each.value for each in Status)
+        raise ValueError(
+            f"status={given!r} is none. A run has one of: {names}. Give one of these, or leave it out."
+        ) from None
 
 
 TERMINATES_WITHIN: Final = 30.0

@@ -686,3 +686,106 @@ async def test_closing_on_a_full_store_says_what_is_lost(
         assert await it.handle(handle.id).result(timeout=60) == 50_000
     store.close()
     assert calls == [1, 1]
+
+
+def adds(a: int, b: int = 0, /, *, c: int = 0) -> int:
+    return a + b + c
+
+
+class Shop:
+    def sells(self, what: str) -> str:
+        return what
+
+
+def session_given(fn: Any) -> Any:
+    """A decorator that gives the function more than its callers do."""
+
+    @functools.wraps(fn)
+    def inner(*args: Any) -> Any:
+        return fn("session", *args)
+
+    return inner
+
+
+@session_given
+def buys(session: str, what: str) -> str:
+    return f"{session} {what}"
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda step: step.run("a", adds), r"got arguments that adds\(a, b=0, /, \*, c=0\) cannot take: missing a"),
+        (lambda step: step.run("a", adds, 1, 2, 3), "too many positional arguments"),
+        (lambda step: step.run("a", adds, 1, d=2), "unexpected keyword argument 'd'"),
+        (lambda step: step.run("a", adds, a=1), "cannot take: "),
+        (lambda step: step.run("a", Shop().sells), "missing a required argument: 'what'"),
+        (lambda step: step.run("a", lambda: 1, 5), "too many positional arguments"),
+        (lambda step: step.transaction("a", lambda: 1), "too many positional arguments"),
+        (lambda step: step.start("a", adds), "missing a required argument"),
+        (lambda step: step.options(id="x").run("a", adds, 1), "id=, which is a setting of children"),
+        (lambda step: step.options(parent_close="abandon").run("a", adds, 1), "a setting of children"),
+        (lambda step: step.options(queue="far").run("a", adds, 1), "adds is no activity"),
+        (lambda step: step.options(retry=Retry()).run_workflow("a", "echo", 1), "retry=, which is a setting of steps"),
+        (lambda step: step.options(timeout=5).sleep("a", 1), "no settings but its own arguments"),
+        (lambda step: step.options(timeout=5).wait_signal("a"), "no settings but its own arguments"),
+        (lambda step: step.wait(5), "It waits for several"),
+        (lambda step: step.start("a", adds, 1), "was awaited itself. It has begun already"),
+        (lambda step: step.run("a", lambda: [step]), "is no plain value"),
+    ],
+)
+async def test_a_call_of_a_step_that_makes_no_sense_fails_the_run_at_its_line(
+    call: Callable[[Any], Any], says: str, tmp_path: Path
+) -> None:
+    @workflow
+    async def calls(ctx: Context) -> Any:
+        return await call(ctx.step)
+
+    async with engine(tmp_path, calls, echo) as it:
+        handle: RunHandle[Any] = await it.start(calls)
+        with pytest.raises(RunFailed, match=says):
+            await handle.result(timeout=60)
+        # It was not tried again: the first time says it all.
+        assert not [event for event in await handle.history() if event.kind == "attempt_failed"]
+
+
+async def test_calls_that_make_sense_in_all_their_forms(tmp_path: Path) -> None:
+    @workflow
+    async def calls(ctx: Context) -> list[Any]:
+        step = ctx.step
+        return [
+            await step.run("a", adds, 1),
+            await step.run("b", adds, 1, 2, c=3),
+            await step.run("c", Shop().sells, what="tea"),
+            await step.run("d", buys, "tea"),
+            await step.run("e", functools.partial(adds, 1), 2),
+            await step.run("f", lambda *args, **kwargs: [list(args), kwargs], 1, x=2),
+            await step.run("g", int, "7"),
+            await step.run("h", len, [1, 2]),
+            await step.run("i", dict, x=1),
+        ]
+
+    async with engine(tmp_path, calls) as it:
+        result = await (await it.start(calls)).result(timeout=60)
+        assert result == [1, 6, "tea", "session tea", 3, [[1], {"x": 2}], 7, 2, {"x": 1}]
+
+
+async def test_a_forgotten_await_is_named(tmp_path: Path) -> None:
+    @workflow
+    async def forgets(ctx: Context) -> int:
+        return ctx.step.run("a", adds, 1)  # type: ignore[return-value]
+
+    @workflow
+    async def forgets_inside(ctx: Context) -> Any:
+        return {"sums": [ctx.step.start("a", adds, 1)]}
+
+    async with engine(tmp_path, forgets, forgets_inside) as it:
+        for flow in (forgets, forgets_inside):
+            with pytest.raises(RunFailed, match=r"is still to be awaited\. Put `await` in front"):
+                await (await it.start(flow)).result(timeout=60)
+
+
+async def test_a_status_that_is_none_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    async with engine(tmp_path, echo) as it:
+        with pytest.raises(ValueError, match=r"status='x' is none\. A run has one of: scheduled, ready"):
+            await it.list_runs(status="x")

@@ -16,7 +16,7 @@ from perdure.stores.postgres.queries import Statement, statements
 from tests import servers
 
 WHOLE = {"settle", "mail_of_owner", "newest_of_owner", "due", "close_graves", "patrol", "serving", "bury", "announced",
-         "id", "server"}  # fmt: skip
+         "home", "server"}  # fmt: skip
 """Statements that may walk along an index of what is in flight, or along a table of incarnations."""
 
 BY_KEY = {

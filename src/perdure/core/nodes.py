@@ -39,6 +39,7 @@ from .plain import (
     name_of,
     pairs,
     start_of,
+    unawaited,
 )
 
 
@@ -83,7 +84,7 @@ class Node:
         return " or ".join(name_of(kind) for kind in self.kinds)
 
     def wrong(self, value: Any) -> Misfit:
-        return Misfit(f"{self.expected} is expected, {article(value)} was given.")
+        return unawaited(value) or Misfit(f"{self.expected} is expected, {article(value)} was given.")
 
 
 def reachable(node: Node) -> list[Node]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from typing import Any, Final, get_origin
@@ -175,10 +175,19 @@ def lower_any(value: Any) -> Any:
     for base in BASES:
         if isinstance(value, base):
             return lower_any(as_built_in(value, base))
-    raise Misfit(
+    raise unawaited(value) or Misfit(
         f"{start_of(article(value))} is no plain value.",
         "Annotate the type (the parameter, the return type, or returns=) if it is a dataclass, a msgspec Struct, an "
         "attrs class or an Enum, or turn it into plain values.",
+    )
+
+
+def unawaited(value: Any) -> Misfit | None:
+    """What to say of a value that only stands for one that is still to come."""
+    if not isinstance(value, Awaitable):
+        return None
+    return Misfit(
+        f"{start_of(article(value))} is still to be awaited.", "Put `await` in front, and use what comes of it."
     )
 
 

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable,
 from datetime import datetime, timedelta
 from hashlib import blake2b
 from threading import get_ident
-from typing import Any, Concatenate, Final, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Final, Generic, ParamSpec, Protocol, TypeVar, overload
 
 import msgspec
 
@@ -142,8 +142,16 @@ class _Asking:
             return self._child(id, target, args, kwargs, awaited=True, depth=4)
         return self._local(id, target, args, kwargs, depth=4)
 
+    def _without_options(self, what: str) -> None:
+        if self._options is not NO_OPTIONS:
+            raise TypeError(
+                f"{what} was called on ctx.step.options(…). It has no settings but its own arguments. Call it on "
+                "ctx.step itself."
+            )
+
     def _sleep(self, id: str, length: Any, days: float, hours: float, minutes: float, seconds: float) -> Op:
         line = self._checked(id)
+        self._without_options(f'sleep("{id}")')
         total = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
         if length is not None:
             total += duration(length, f'the duration of sleep "{id}"', negative=True)
@@ -155,6 +163,7 @@ class _Asking:
 
     def _sleep_until(self, id: str, when: datetime) -> Op:
         line = self._checked(id)
+        self._without_options(f'sleep_until("{id}")')
         due = instant(when, f'the time of sleep_until "{id}"')
         op = Op("sleep", id, site=call_site(3), spec=steps.Length(due=due))
         line.ask(op)
@@ -162,6 +171,7 @@ class _Asking:
 
     def _signal(self, id: str, name: str | None, returns: Any, timeout: Any) -> Op:
         line = self._checked(id)
+        self._without_options(f'wait_signal("{id}")')
         length = None if timeout is None else micros(duration(timeout, f'the timeout of wait_signal "{id}"'))
         if length is not None:
             length = min(length, LATEST - line.now)
@@ -377,6 +387,14 @@ class Pending(_PendingBase[R]):
 
     __slots__ = ()
 
+    if not TYPE_CHECKING:  # for a checker it is not awaitable
+
+        def __await__(self) -> Any:
+            raise TypeError(
+                f'What ctx.step.start("{self.id}", …) returned was awaited itself. It has begun already. Await its '
+                "outcome: `await pending.result()`, or ctx.step.wait for several."
+            )
+
     def result(self, timeout: timedelta | float | None = None) -> Awaitable[R]:
         """Its value or its error; waiting longer than `timeout` is a `TimeoutError` and leaves it running."""
         return _waited(self._facts, [self._op], timeout, lambda ops: _outcome(ops[0]))
@@ -466,15 +484,19 @@ def _split(pending: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     return done, [h for h in handles if not h._op.over]
 
 
-def _ops_of(pending: Iterable[Any]) -> list[Op]:
-    ops = []
-    for handle in pending:
+def _handles(pending: Any) -> list[Any]:
+    if not isinstance(pending, Iterable):
+        raise TypeError(
+            f"ctx.step.wait got {pending!r}. It waits for several, also where there is only one. Pass a list of what "
+            "ctx.step.start returned."
+        )
+    handles = list(pending)
+    for handle in handles:
         if not isinstance(handle, _PendingBase):
             raise TypeError(
                 f"ctx.step.wait got {handle!r}. It waits for what ctx.step.start returned. Start the operation first."
             )
-        ops.append(handle._op)
-    return ops
+    return handles
 
 
 class Step(_Asking):
@@ -586,8 +608,8 @@ class Step(_Asking):
         return_when: str = "ALL_COMPLETED",
     ) -> tuple[list[Pending[Any]], list[Pending[Any]]]:
         """`(done, not_done)` as in `concurrent.futures.wait`, but lists, in the order in which they ended."""
-        handles = list(pending)
-        ops = _ops_of(handles)
+        handles = _handles(pending)
+        ops = [handle._op for handle in handles]
         await _until(self._facts, _enough(ops, return_when), ops, timeout, strict=False)
         return _split(handles)
 
@@ -751,8 +773,8 @@ class SyncStep(_Asking):
         return_when: str = "ALL_COMPLETED",
     ) -> tuple[list[SyncPending[Any]], list[SyncPending[Any]]]:
         """As `Step.wait`."""
-        handles = list(pending)
-        ops = _ops_of(handles)
+        handles = _handles(pending)
+        ops = [handle._op for handle in handles]
         _block(self._facts, _enough(ops, return_when), ops, timeout, strict=False)
         return _split(handles)
 

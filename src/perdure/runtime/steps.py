@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any, Final
 from weakref import ref
 
@@ -248,6 +248,46 @@ def child_id(parent: str, step: str) -> str:
     return f"{whole[: ID_LENGTH - len(digest) - 1]}~{digest}"
 
 
+REST: Final = inspect.CO_VARARGS
+
+
+def check_call(what: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse arguments that the function cannot take: it would be tried again and again in vain.
+
+    Judged by the function itself, not by what it wraps: a decorator may give it more.
+    """
+    target, count = function, len(args)
+    if type(target) is MethodType:
+        target, count = target.__func__, count + 1
+    if type(target) is FunctionType and not kwargs:
+        code = target.__code__
+        least = code.co_argcount - len(target.__defaults__ or ())
+        if not code.co_kwonlyargcount and least <= count and (count <= code.co_argcount or code.co_flags & REST):
+            return
+    try:
+        signature = inspect.signature(function, follow_wrapped=False)
+    except (TypeError, ValueError):
+        return  # it says nothing of its parameters
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        bare = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
+        shown = signature.replace(parameters=bare, return_annotation=signature.empty)
+        raise TypeError(
+            f"{what} got arguments that {name_of(function) or 'its function'}{shown} cannot take: {error}. "
+            "What comes after the function is passed to it as it is; settings go into ctx.step.options(…)."
+        ) from None
+
+
+def _for_children_only(what: str, options: Options) -> None:
+    for name in ("id", "parent_close", "idempotency_key"):
+        if getattr(options, name) is not None:
+            raise TypeError(
+                f"{what} was given {name}=, which is a setting of children. A step has no run of its own. Leave it "
+                "out, or start a workflow with ctx.step.run_workflow."
+            )
+
+
 def local(
     id: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, limits: Limits, site: str
 ) -> Op:
@@ -262,8 +302,17 @@ def local(
             f'ctx.step.run("{id}", …) got {fn!r}, which cannot be called. Its second argument is the function to '
             "run. Pass the function itself, and its arguments after it."
         )
+    function = fn.fn if type(fn) is Activity else fn
+    check_call(f'ctx.step.run("{id}", …)', function, args, kwargs)
+    if options is not NO_OPTIONS:
+        _for_children_only(f'ctx.step.run("{id}", …)', options)
+        if options.queue is not None:
+            raise TypeError(
+                f'ctx.step.run("{id}", …) was given a queue, and {name_of(fn) or "a lambda"} is no activity. Only what has a '
+                "name of its own can be executed elsewhere. Decorate it with @activity, or leave the queue out."
+            )
     policy = policy_of(fn, options)
-    call = LocalCall(fn.fn if type(fn) is Activity else fn, args, kwargs, policy, limits)
+    call = LocalCall(function, args, kwargs, policy, limits)
     return Op("run", id, name=policy.name, site=site, digest=codec.digest64(args, kwargs), spec=call)
 
 
@@ -288,6 +337,8 @@ def transaction(
             "connection, and on SQLite every other writer, until the function returns: nothing may be awaited in it. "
             "Give a plain function; it runs in a thread."
         )
+    check_call(f'ctx.step.transaction("{id}", …)', function, ("the connection", *args), kwargs)
+    _for_children_only(f'ctx.step.transaction("{id}", …)', options)
     policy = policy_of(fn, options)
     call = LocalCall(function, args, kwargs, policy, limits)
     return Op("transaction", id, name=policy.name, site=site, digest=codec.digest64(args, kwargs), spec=call)
@@ -304,6 +355,7 @@ def activity(
     parent: str,
 ) -> Op:
     """A step dispatched to a queue."""
+    _for_children_only(f'ctx.step.run("{id}", …)', options)
     spec = RemoteCall(
         returns=target.returns if options.returns is None else plan(options.returns, what="returns="),
         raises=target.raises if options.raises is None else options.raises,
@@ -340,6 +392,12 @@ def child(
             f'The workflow of step "{id}" is {target!r}. It must be decorated with @workflow, or the name of one. '
             "Plain functions are called with ctx.step.run."
         )
+    for name in ("retry", "total_timeout", "raises"):
+        if getattr(options, name) is not None:
+            raise TypeError(
+                f'The child of step "{id}" was given {name}=, which is a setting of steps. A child is a run, whose own '
+                "steps have theirs. Leave it out; timeout= bounds the whole child."
+            )
     returns = ANYTHING if workflow is None else workflow.returns
     if options.returns is not None:
         returns = plan(options.returns, what="returns=")
