@@ -239,6 +239,54 @@ def test_a_run_that_has_ended_before_is_shown_once_as_it_is(shell: Shell) -> Non
     assert said.err == "run g of workflow greet has ended before: it is completed\n  = greeting: done\n"
 
 
+KIDS = """
+from perdure import Context, Retry, workflow
+
+def breaks() -> None:
+    raise ValueError("no such card")
+
+@workflow
+async def child(ctx: Context) -> None:
+    await ctx.step.options(retry=Retry(max_attempts=1)).run("pay", breaks)
+
+@workflow
+async def parent(ctx: Context) -> None:
+    await ctx.step.run_workflow("kid", child)
+
+@workflow
+async def hurries(ctx: Context) -> None:
+    retry = Retry(max_attempts=9, first_delay=5, jitter=False)
+    await ctx.step.options(retry=retry, total_timeout=2).run("pay", breaks)
+"""
+
+
+def test_show_names_whose_error_it_was(shell: Shell) -> None:
+    (shell.folder / "kids.py").write_text(KIDS)
+    assert shell.do("run", "kids.py:parent", "--id", "p").code == 1
+    said = shell.ask("show", "p").out
+    [row] = [line for line in said.splitlines() if line.startswith("kid ")]
+    assert row.split()[:3] == ["kid", "child", "failed"]
+    assert "failed: " not in row
+    assert row.endswith("p/kid: ValueError: no such card")
+    assert 'step "kid", child p/kid:\n' in said
+    assert "in child\n" in said, "the child's own line"
+    assert shell.do("run", "kids.py:hurries", "--id", "h").code == 1
+    said = shell.ask("show", "h").out
+    [first] = [line for line in said.splitlines() if line.startswith("  attempt 1")]
+    assert first.endswith("ValueError: no such card")
+    [row] = [line for line in said.splitlines() if line.startswith("pay ")]
+    assert "would pass before the next attempt" in row
+
+
+def test_what_a_run_waited_for_when_it_was_ended_is_not_shown_as_waiting(shell: Shell) -> None:
+    shell.waiting("o")
+    assert shell.ask("terminate", "o", "--reason", "enough").code == 0
+    said = shell.ask("show", "o").out
+    [row] = [line for line in said.splitlines() if line.startswith("approval ")]
+    assert row.split()[:3] == ["approval", "signal", "cancelled"]
+    assert row.endswith("ended with its run")
+
+
 FILLS = """
 import resource, signal
 from perdure import Context, workflow

@@ -35,7 +35,10 @@ def command(where: Where, run: str) -> None:
         row = await core.row(run)
         steps = Steps()
         steps.take(stored_.decode(text) for text in await core.read(lambda: core.store.history(row.key)))
-        steps.waiting(info.waits)
+        if info.ended_at is None:
+            steps.waiting(info.waits)
+        else:
+            steps.run_ended(info.ended_at)
         return info, steps, await handle.why()
 
     info, steps, why = ask(where, read)
@@ -71,7 +74,7 @@ def step_lines(info: RunInfo, steps: Steps) -> Iterator[str]:
     for step in steps.by_id.values():
         at = step.ended_at if step.over else step.asked_at
         attempts = str(step.attempts) if step.attempts else ""
-        detail = "" if step.failures else step.detail()
+        detail = "" if step.failures and step.error in ("", step.failures[-1].error) else step.detail()
         rows.append((step.id, step.kind, step.state, attempts, after(info.created_at, at), detail))
         rows.extend(
             (f"  attempt {failure.attempt}", "", "failed", "", after(info.created_at, failure.at), failure.error)
@@ -88,6 +91,10 @@ def _failures(steps: Steps) -> Iterator[str]:
             yield ""
             yield f'step "{step.id}", attempt {last.attempt}:'
             yield last.traceback
+        elif step.traceback and step.state == "failed":
+            yield ""
+            yield f'step "{step.id}", {step.kind} {step.run}:'
+            yield step.traceback
 
 
 def _tail(info: RunInfo, why: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from perdure.core import events as ev
-from perdure.core.failure import RecordedError
+from perdure.core.failure import LAST_OF_ALL, RecordedError
 from perdure.core.retry import moment
 from perdure.core.waits import Waits
 
@@ -47,6 +47,8 @@ class Step:
     error: str = ""
     value: Any = None
     failures: list[Failure] = field(default_factory=list)
+    traceback: str = ""
+    """Where a child or an activity raised what it has failed with."""
 
     @property
     def over(self) -> bool:
@@ -59,7 +61,7 @@ class Step:
             last = self.failures[-1]
             return f"attempt {last.attempt} failed: {last.error}"
         if self.error:
-            return self.error
+            return f"{self.run}: {self.error}" if self.run else self.error
         if self.kind == "signal" and not self.over:
             until = "" if self.until is None else f" until {self.until:%Y-%m-%d %H:%M:%S}"
             return f'for signal "{self.name}"{until}'
@@ -105,8 +107,12 @@ class Steps:
             case ev.StepFailed():
                 step = self._local(event, "failed")
                 step.error = words_of(event.error)
+                # What was the last attempt's own, and not only that there is no time for another.
+                own = event.error
+                if own.message == LAST_OF_ALL and own.cause is not None:
+                    own = own.cause
                 step.failures.append(
-                    Failure(attempt=event.attempt, at=self.at, error=step.error, traceback=traceback_of(event.error))
+                    Failure(attempt=event.attempt, at=self.at, error=words_of(own), traceback=traceback_of(event.error))
                 )
             case ev.AttemptFailed():
                 step = self._local(event, "retrying")
@@ -141,7 +147,9 @@ class Steps:
                 step = self._ended(event.step, "done" if event.status == "completed" else "failed")
                 step.attempts = event.attempts
                 if event.error is not None:
-                    step.error = f"{event.status}: {words_of(event.error)}"
+                    how = "" if event.status == "failed" else f"{event.status}: "
+                    step.error = f"{how}{words_of(event.error)}"
+                    step.traceback = traceback_of(event.error)
                 elif event.status != "completed":
                     step.error = event.status
                 else:
@@ -163,6 +171,12 @@ class Steps:
                 step.attempts = wait.attempt if wait.kind == "step" else max(wait.attempt - 1, step.attempts)
                 step.name, step.site = step.name or wait.name, step.site or wait.site
                 step.asked_at = moment(wait.since)
+
+    def run_ended(self, at: datetime) -> None:
+        """The run has ended: what it waited for then, it does not wait for any more."""
+        for step in self.by_id.values():
+            if not step.over:
+                step.state, step.ended_at, step.error = "cancelled", at, "ended with its run"
 
     def _local(self, event: ev.StepCompleted | ev.StepFailed | ev.AttemptFailed, state: str) -> Step:
         step = self.by_id.setdefault(event.step, Step(id=event.step, kind="step", state=state))

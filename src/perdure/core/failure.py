@@ -73,6 +73,10 @@ def record(
     return _recorded(error, set(), kind=kind, attempts=attempts, status=status, run_id=run_id)
 
 
+LAST_OF_ALL: Final = "Its total_timeout would pass before the next attempt."
+"""What is recorded of a step whose last attempt, the cause, would be followed by another if there were time."""
+
+
 def let_go(error: BaseException) -> None:
     """It is recorded, or nobody wants it: free what the functions that it came through had taken.
 

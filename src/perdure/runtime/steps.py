@@ -308,8 +308,8 @@ def local(
         _for_children_only(f'ctx.step.run("{id}", …)', options)
         if options.queue is not None:
             raise TypeError(
-                f'ctx.step.run("{id}", …) was given a queue, and {name_of(fn) or "a lambda"} is no activity. Only what has a '
-                "name of its own can be executed elsewhere. Decorate it with @activity, or leave the queue out."
+                f'ctx.step.run("{id}", …) was given a queue, and {name_of(fn) or "a lambda"} is no activity. Only what '
+                "has a name of its own can be executed elsewhere. Decorate it with @activity, or leave the queue out."
             )
     policy = policy_of(fn, options)
     call = LocalCall(function, args, kwargs, policy, limits)

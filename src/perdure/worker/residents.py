@@ -442,7 +442,7 @@ class Resident:
         if delay is None:
             self._deliver(ev.StepFailed(**facts))
         elif deadline is not None and now + retry.micros(delay) >= deadline:
-            facts["error"] = out_of_time("Its total_timeout would pass before the next attempt.", error)
+            facts["error"] = out_of_time(failure.LAST_OF_ALL, error)
             self._deliver(ev.StepFailed(**facts))
         else:
             retry_at = now + retry.micros(delay)
