@@ -669,6 +669,8 @@ def _status(given: Status | str) -> Status:
 
 TERMINATES_WITHIN: Final = 30.0
 """Seconds that `terminate` tries."""
+
+
 _ANY: Final = plan()
 _get_running_loop = asyncio._get_running_loop
 

@@ -11,9 +11,9 @@ import os
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
-from datetime import timedelta
+from datetime import datetime, timedelta
 from queue import SimpleQueue
-from typing import Any, Generic, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypedDict, TypeVar, overload
 
 from perdure.client import Client as AsyncClient
 from perdure.client import RunHandle as AsyncHandle
@@ -30,12 +30,40 @@ from perdure.runtime.context import SyncPending as Pending
 from perdure.runtime.registry import Workflow
 from perdure.stores.contract import Store
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["Client", "Context", "Engine", "Pending", "RunHandle", "Worker"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 C = TypeVar("C", bound="Client")
 T = TypeVar("T")
+
+
+class _Options(TypedDict, total=False):
+    """What `Client.options` takes besides `connection`."""
+
+    id: str | None
+    idempotency_key: str | None
+    idempotency_ttl: timedelta | float
+    if_exists: str
+    at: datetime | None
+    delay: timedelta | float | None
+    queue: str | None
+    timeout: timedelta | float | None
+
+
+class _Filters(TypedDict, total=False):
+    """What `Client.list_runs` takes."""
+
+    workflow: str | None
+    status: Status | str | None
+    parent: str | None
+    created_after: datetime | None
+    created_before: datetime | None
+    limit: int
+    cursor: str | None
 
 
 class _Callers:
@@ -173,7 +201,7 @@ class Client:
         self._loop.wait(self._async.close())
         self._loop.stop()
 
-    def options(self: C, *, connection: Any = None, **options: Any) -> C:
+    def options(self: C, *, connection: Any = None, **options: Unpack[_Options]) -> C:
         """As `Client.options`. connection: of the store's own database, with a transaction of yours.
 
         Starts, and `signal` and `cancel` of the handles, are then part of that transaction: workers see them after
@@ -200,7 +228,7 @@ class Client:
         """As `Client.handle`."""
         return RunHandle(self._async.handle(run_id, returns=returns), self._loop, self._connection)
 
-    def list_runs(self, **filters: Any) -> RunPage:
+    def list_runs(self, **filters: Unpack[_Filters]) -> RunPage:
         """As `Client.list_runs`."""
         return self._loop.wait(self._async.list_runs(**filters))
 

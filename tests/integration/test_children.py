@@ -122,14 +122,14 @@ async def test_how_a_child_ended_is_known_to_its_parent(tmp_path: Path) -> None:
     @workflow
     async def parent(ctx: Context) -> list[Any]:
         said: list[Any] = []
-        for step, target, options in (
-            ("failed", fails, {}),
-            ("cancelled", waiting, {}),
-            ("terminated", waiting, {}),
-            ("late", waiting, {"timeout": 0.2}),
+        for step, target, timeout in (
+            ("failed", fails, None),
+            ("cancelled", waiting, None),
+            ("terminated", waiting, None),
+            ("late", waiting, 0.2),
         ):
             try:
-                await ctx.step.options(**options).run_workflow(step, target)
+                await ctx.step.options(timeout=timeout).run_workflow(step, target)
             except ChildFailed as error:
                 assert isinstance(error, StepFailed)
                 said.append((error.status, error.run_id, isinstance(error, LookupError)))

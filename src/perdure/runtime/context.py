@@ -17,7 +17,19 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable,
 from datetime import datetime, timedelta
 from hashlib import blake2b
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, Concatenate, Final, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Final,
+    Generic,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypedDict,
+    TypeVar,
+    overload,
+)
 
 import msgspec
 
@@ -25,11 +37,14 @@ from perdure.core.codec import plan
 from perdure.core.errors import Cancelled, Evicted, NoTransactions, Unwinding, timed_out
 from perdure.core.limits import Limits, check_id
 from perdure.core.match import CANCELLED, DONE, Line, Op
-from perdure.core.retry import duration, exception_types, instant, micros, moment, retry_given
+from perdure.core.retry import Retry, duration, exception_types, instant, micros, moment, retry_given
 from perdure.runtime import inside, steps
 from perdure.runtime.loop import RunLoop, StepWait
 from perdure.runtime.registry import Activity, Workflow
 from perdure.runtime.steps import NO_OPTIONS, Options, call_site
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -499,6 +514,20 @@ def _handles(pending: Any) -> list[Any]:
     return handles
 
 
+class StepOptions(TypedDict, total=False):
+    """What `ctx.step.options(…)` takes. id, parent_close, idempotency_key: of children only."""
+
+    retry: Retry | None
+    timeout: timedelta | float | None
+    total_timeout: timedelta | float | None
+    returns: Any
+    raises: tuple[type[BaseException], ...] | type[BaseException] | None
+    queue: str | None
+    id: str | None
+    parent_close: Literal["cancel", "abandon"] | None
+    idempotency_key: str | None
+
+
 class Step(_Asking):
     """`ctx.step` of async and generator workflows: everything durable, id first."""
 
@@ -507,7 +536,7 @@ class Step(_Asking):
     def _operation(self, op: Op) -> Operation[Any]:
         return Operation(op, self._facts.where)
 
-    def options(self, **options: Any) -> Step:
+    def options(self, **options: Unpack[StepOptions]) -> Step:
         """The same `step` with settings in front of your own arguments.
 
         retry, timeout, total_timeout, returns, raises, queue; for children also id, parent_close,
@@ -577,6 +606,12 @@ class Step(_Asking):
         """Start a child run and wait for its result; `ChildFailed` if it ends otherwise."""
         return self._operation(self._child(id, workflow, args, kwargs, awaited=True))
 
+    @overload
+    def emit_workflow(
+        self, id: str, workflow: Workflow[P, Any], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Operation[str]: ...
+    @overload
+    def emit_workflow(self, id: str, workflow: str, /, *args: Any, **kwargs: Any) -> Operation[str]: ...
     def emit_workflow(self, id: str, workflow: Any, /, *args: Any, **kwargs: Any) -> Operation[str]:
         """Start a child run and go on: its run id."""
         return self._operation(self._child(id, workflow, args, kwargs, awaited=False))
@@ -687,7 +722,7 @@ class SyncStep(_Asking):
                 raise
         return _outcome(op)
 
-    def options(self, **options: Any) -> SyncStep:
+    def options(self, **options: Unpack[StepOptions]) -> SyncStep:
         """As `Step.options`."""
         _known_options(options)
         return SyncStep(self._facts, self._with(options))
@@ -742,6 +777,10 @@ class SyncStep(_Asking):
         """As `Step.run_workflow`."""
         return self._finish(self._child(id, workflow, args, kwargs, awaited=True))
 
+    @overload
+    def emit_workflow(self, id: str, workflow: Workflow[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> str: ...
+    @overload
+    def emit_workflow(self, id: str, workflow: str, /, *args: Any, **kwargs: Any) -> str: ...
     def emit_workflow(self, id: str, workflow: Any, /, *args: Any, **kwargs: Any) -> str:
         """As `Step.emit_workflow`."""
         return str(self._finish(self._child(id, workflow, args, kwargs, awaited=False)))
@@ -779,9 +818,7 @@ class SyncStep(_Asking):
         return _split(handles)
 
 
-OPTIONS: Final = frozenset(
-    {"retry", "timeout", "total_timeout", "returns", "raises", "queue", "id", "parent_close", "idempotency_key"}
-)
+OPTIONS: Final = frozenset(StepOptions.__annotations__)
 
 
 def _known_options(options: Mapping[str, Any]) -> None:
