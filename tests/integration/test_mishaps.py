@@ -19,7 +19,7 @@ from perdure.worker import residents
 from perdure.worker.activities import ActivityRun
 from perdure.worker.residents import Resident
 from perdure.worker.shift import Shift
-from tests.integration.helpers import engine, until
+from tests.integration.helpers import engine, status_of, until
 
 
 async def on_loop(n: int) -> int:
@@ -73,6 +73,18 @@ async def test_what_fails_at_one_run_costs_no_run(
         handles = [await e.start(flow, n) for n, flow in enumerate([adds, adds_sync] * 3)]
         results = [await handle.result(timeout=30) for handle in handles]
     assert results == [n + 2 for n in range(6)]
+
+
+async def test_why_says_what_put_a_run_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residents, "FIRST_BACK_OFF", 60_000_000)
+    monkeypatch.setattr(Resident, "_step_ended", fails_at(Resident._step_ended, [1]))
+    async with engine(tmp_path, adds, lease=1) as e:
+        handle = await e.start(adds, 1)
+        await status_of(handle, "blocked")
+        why = await handle.why()
+    assert (
+        f"Run {handle.id} was put aside because its worker failed at it, not its own code (MemoryError). It is" in why
+    )
 
 
 async def test_mail_that_cannot_be_taken_in_is_taken_in_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

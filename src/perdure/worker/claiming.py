@@ -60,7 +60,7 @@ class Watcher:
             head, error = self._unreadable[-1]
             log.error("run %s cannot be read: %s", head.row.id, error)
             row = head.row
-            aside = put_aside(fence_of(row), row.waits, error, now=self.store.now(), turn_id=shift.turn_id())
+            aside = put_aside(fence_of(row), row.waits, str(error), now=self.store.now(), turn_id=shift.turn_id())
             self.store.write(Batch(turns=[aside]))
             self._unreadable.pop()
         return len(heads) + len(mail)

@@ -1013,10 +1013,11 @@ def fence_of(row: Row) -> Fence:
     return Fence(row.key, row.owner, row.epoch, row.version, row.turn, row.history_events + 1)
 
 
-def put_aside(fence: Fence, waits: str, error: Exception, *, now: int, turn_id: str) -> Turn:
+def put_aside(fence: Fence, waits: str, reason: str, *, now: int, turn_id: str) -> Turn:
     """The turn of a run at which this worker failed: it blocks, and is tried again later.
 
     By this worker, or by one that can: a newer version, other code, more memory. waits: those of its row.
+    reason: what `why` says.
     """
     tries = blocked_tries(waits) + 1
     return Turn(
@@ -1024,6 +1025,6 @@ def put_aside(fence: Fence, waits: str, error: Exception, *, now: int, turn_id: 
         id=turn_id,
         status="blocked",
         wake_at=now + back_off(tries),
-        waits=waits_text(Waits(blocked=str(error) or type(error).__name__, tries=tries)),
+        waits=waits_text(Waits(blocked=reason, tries=tries)),
         release=True,
     )

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from perdure.core import codec, stored
 from perdure.core import events as ev
-from perdure.core.errors import StoreError
+from perdure.core.errors import PerdureError, StoreError
 from perdure.core.limits import Limits, limits_of
 from perdure.core.match import Op
 from perdure.core.retry import micros
@@ -295,10 +295,17 @@ class Shift:
         except Exception as error:
             log.exception("run %s cannot be taken up", row.id)
             self._let_go(row.key)
-            self._put_aside(fence_of(row), row.waits, error)
+            self._put_aside(fence_of(row), row.waits, row.id, error)
 
-    def _put_aside(self, fence: Fence, waits: str, error: Exception) -> None:
-        turn = put_aside(fence, waits, error, now=self.now(), turn_id=self.turn_id())
+    def _put_aside(self, fence: Fence, waits: str, id: str, error: Exception) -> None:
+        reason = str(error)
+        if not isinstance(error, PerdureError):
+            what = f"{type(error).__name__}: {error}".rstrip(": ")
+            reason = (
+                f"Run {id} was put aside because its worker failed at it, not its own code ({what}). It is tried again "
+                "from its last commit, here or elsewhere."
+            )
+        turn = put_aside(fence, waits, reason, now=self.now(), turn_id=self.turn_id())
         self.committer.turn(turn, lambda verdict: None)
         self.kick()
 
@@ -377,7 +384,7 @@ class Shift:
         # It stays ours if a turn that is under way comes first.
         self.has_strays = True
         self._let_go(one.key)
-        self._put_aside(fence, waits, error)
+        self._put_aside(fence, waits, one.id, error)
 
     # --- what residents ask ----------------------------------------------------------------------------
 
