@@ -300,8 +300,8 @@ async def test_terminate_runs_no_cleanup(tmp_path: Path, ledger: Ledger) -> None
 @pytest.mark.parametrize("how", ["run", "start"])
 async def test_a_function_that_was_given_up_holds_none_of_the_threads(tmp_path: Path, ledger: Ledger, how: str) -> None:
     @workflow
-    def blocked(ctx: SyncContext) -> str:
-        step = ctx.step.options(timeout=0.05, retry=ONCE)
+    def blocked(ctx: SyncContext, timeout: float) -> str:
+        step = ctx.step.options(timeout=timeout, retry=ONCE)
         try:
             if how == "run":
                 step.run("blocks", ledger.blocking)
@@ -314,7 +314,7 @@ async def test_a_function_that_was_given_up_holds_none_of_the_threads(tmp_path: 
     async with engine(tmp_path, blocked, threads=2) as opened:
         shift = opened._core.shift
         assert shift is not None
-        handles = [await opened.start(blocked) for _ in range(6)]
+        handles = [await opened.start(blocked, 0.05) for _ in range(6)]
         assert [await handle.result(timeout=60) for handle in handles] == ["after"] * 6
         # One that was out of time before its thread came to it is never called.
         began = ledger.lines.count("blocking began")
@@ -323,7 +323,7 @@ async def test_a_function_that_was_given_up_holds_none_of_the_threads(tmp_path: 
         assert (shift.executor.in_threads, shift.executing) == (0, 0)
         ledger.release.set()
         await until(lambda: ledger.lines.count("blocking ended") == began, "the functions' end")
-        assert await (await opened.start(blocked)).result(timeout=60) == "not given up"
+        assert await (await opened.start(blocked, 60)).result(timeout=60) == "not given up"
         await until(lambda: shift.threads.busy == 0, "all threads again")
 
 
