@@ -26,7 +26,7 @@ def what_it_did(row: Row) -> str:
     restless = read_waits(row.waits).restless
     if restless:
         return f"Its code did not rest and was stopped, or killed its worker, {row.strikes} times, at last {restless}."
-    return f"It killed its worker {row.strikes} times, the last time alone."
+    return f"It killed its worker {row.strikes} times, the last time executed alone."
 
 
 def end_without_code(store: Store, row: Row, status: str, *, reason: str, turn_id: str) -> Turn:
