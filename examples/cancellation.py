@@ -29,6 +29,8 @@ async def stay(ctx: Context, room: str) -> str:
 async def main() -> None:
     async with Engine("sqlite:///stay.db", workflows=[stay]) as engine:
         run = await engine.start(stay, "room 7")
+        while await run.status() != "waiting":  # the room is reserved, and the guest stays
+            await asyncio.sleep(0.01)
         await run.cancel("the guest is ill")
         try:
             await run.result()
