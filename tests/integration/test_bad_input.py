@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import logging
 import re
 import sqlite3
@@ -692,6 +693,10 @@ def adds(a: int, b: int = 0, /, *, c: int = 0) -> int:
     return a + b + c
 
 
+def scales(size: int, *, by: int, off: int = 0) -> int:
+    return size * by + off
+
+
 class Shop:
     def sells(self, what: str) -> str:
         return what
@@ -701,8 +706,8 @@ def session_given(fn: Any) -> Any:
     """A decorator that gives the function more than its callers do."""
 
     @functools.wraps(fn)
-    def inner(*args: Any) -> Any:
-        return fn("session", *args)
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        return fn("session", *args, **kwargs)
 
     return inner
 
@@ -712,17 +717,26 @@ def buys(session: str, what: str) -> str:
     return f"{session} {what}"
 
 
+buys.__signature__ = inspect.signature(scales)  # as a decorator may leave it
+
+
+class Static:
+    __call__ = staticmethod(adds)
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda step: step.run("a", adds), r"got arguments that adds\(a, b=0, /, \*, c=0\) cannot take: missing a"),
-        (lambda step: step.run("a", adds, 1, 2, 3), "too many positional arguments"),
-        (lambda step: step.run("a", adds, 1, d=2), "unexpected keyword argument 'd'"),
-        (lambda step: step.run("a", adds, a=1), "cannot take: "),
-        (lambda step: step.run("a", Shop().sells), "missing a required argument: 'what'"),
-        (lambda step: step.run("a", lambda: 1, 5), "too many positional arguments"),
-        (lambda step: step.transaction("a", lambda: 1), "too many positional arguments"),
-        (lambda step: step.start("a", adds), "missing a required argument"),
+        (lambda step: step.run("a", adds), r"got arguments that adds cannot take: 'a' is missing \(it takes a, b, c\)"),
+        (lambda step: step.run("a", adds, 1, 2, 3), "3 by position are 1 too many"),
+        (lambda step: step.run("a", adds, 1, d=2), "there is no 'd' to be given by name"),
+        (lambda step: step.run("a", adds, a=1), "there is no 'a' to be given by name"),
+        (lambda step: step.run("a", scales, 2, by=3, size=1), "'size' is given twice"),
+        (lambda step: step.run("a", scales, 2), "'by' is missing"),
+        (lambda step: step.run("a", Shop().sells), "'what' is missing"),
+        (lambda step: step.run("a", lambda: 1, 5), "1 by position are 1 too many"),
+        (lambda step: step.transaction("a", lambda: 1), "1 by position are 1 too many"),
+        (lambda step: step.start("a", adds), "'a' is missing"),
         (lambda step: step.options(id="x").run("a", adds, 1), "id=, which is a setting of children"),
         (lambda step: step.options(parent_close="abandon").run("a", adds, 1), "a setting of children"),
         (lambda step: step.options(queue="far").run("a", adds, 1), "adds is no activity"),
@@ -763,11 +777,17 @@ async def test_calls_that_make_sense_in_all_their_forms(tmp_path: Path) -> None:
             await step.run("g", int, "7"),
             await step.run("h", len, [1, 2]),
             await step.run("i", dict, x=1),
+            await step.run("j", buys, what="milk"),
+            await step.run("k", scales, size=2, by=3),
+            await step.run("l", scales, 2, by=3, off=1),
+            await step.run("m", Static(), 4),
+            await step.run("n", lambda a, b=2, *c, d=4, **e: [a, b, list(c), d, e], 1, d=5, f=6),
         ]
 
     async with engine(tmp_path, calls) as it:
         result = await (await it.start(calls)).result(timeout=60)
-        assert result == [1, 6, "tea", "session tea", 3, [[1], {"x": 2}], 7, 2, {"x": 1}]
+        assert result[:9] == [1, 6, "tea", "session tea", 3, [[1], {"x": 2}], 7, 2, {"x": 1}]
+        assert result[9:] == ["session milk", 6, 7, 4, [1, 2, [], 5, {"f": 6}]]
 
 
 async def test_a_forgotten_await_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,8 @@ def test_what_is_no_connection_of_the_stores_own_database_is_refused(
     closed.close()
     with pytest.raises(ValueError, match="cannot be used here: Cannot operate on a closed database"):
         here.options(connection=closed).start(order, 1)
+    with pytest.raises(ValueError, match="in the thread that it belongs to"), ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: here.options(connection=db).start(order, 1)).result()
     with closing(sqlite3.connect(":memory:")) as other, pytest.raises(ValueError, match="in memory"):
         here.options(connection=other).start(order, 1)
     with pytest.raises(TypeError, match=r"sqlite3\.Connection"):

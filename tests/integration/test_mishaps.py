@@ -7,12 +7,13 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
-from perdure import Context, Retry, RunFailed, activity, workflow
+from perdure import Context, Retry, RunFailed, StepTimedOut, activity, workflow
 from perdure.runtime.context import SyncContext
 from perdure.runtime.drive_sync import BodyThreads
 from perdure.worker import residents
@@ -50,12 +51,21 @@ async def signalled(ctx: Context) -> int:
     return go
 
 
+failures: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_failed_yet() -> None:
+    failures.clear()
+
+
 def fails_at(what: Callable[..., Any], times: list[int]) -> Callable[..., Any]:
     """The method, failing for want of memory at those of its calls."""
     calls = iter(range(1, 1000))
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if next(calls) in times:
+            failures.append(what.__name__)
             raise MemoryError
         return what(self, *args, **kwargs)
 
@@ -73,6 +83,7 @@ async def test_what_fails_at_one_run_costs_no_run(
         handles = [await e.start(flow, n) for n, flow in enumerate([adds, adds_sync] * 3)]
         results = [await handle.result(timeout=30) for handle in handles]
     assert results == [n + 2 for n in range(6)]
+    assert failures == [name]
 
 
 async def test_why_says_what_put_a_run_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +96,21 @@ async def test_why_says_what_put_a_run_aside(tmp_path: Path, monkeypatch: pytest
     assert (
         f"Run {handle.id} was put aside because its worker failed at it, not its own code (MemoryError). It is" in why
     )
+
+
+async def test_what_cannot_even_be_put_aside_is_handed_back_and_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Resident, "answered", fails_at(Resident.answered, [2]))
+    monkeypatch.setattr(Resident, "leave", fails_at(Resident.leave, [1]))
+    async with engine(tmp_path, adds, lease=1) as e:
+        handles = [await e.start(adds, n) for n in range(4)]
+        results = [await handle.result(timeout=30) for handle in handles]
+        shift = e._core.shift
+        assert shift is not None
+        assert not shift.lease_sure
+    assert results == [2, 3, 4, 5]
+    assert failures == ["answered", "leave"]
 
 
 async def test_mail_that_cannot_be_taken_in_is_taken_in_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +180,7 @@ async def test_an_activity_at_which_the_worker_fails_is_executed_again(
     async with engine(tmp_path, asks_far, activities=[far], lease=1) as e:
         handles = [await e.start(asks_far, n) for n in range(3)]
         assert [await handle.result(timeout=30) for handle in handles] == [1, 2, 3]
+    assert failures == [name]
 
 
 class Hoard:
@@ -239,3 +266,77 @@ async def test_what_a_function_had_taken_is_free_when_it_has_failed(how: str, tm
             await until(lambda: not Hoard.kept, "what it had taken", 10)
     finally:
         gc.enable()
+
+
+@dataclass(frozen=True)
+class Frozen(Exception):
+    """As people write their errors."""
+
+    code: int
+
+
+class Odd(Exception):
+    exceptions = None
+
+
+class Odder(Exception):
+    def exceptions(self) -> None: ...
+
+
+def raises(error: BaseException) -> Any:
+    raise error
+
+
+async def raises_later(error: BaseException) -> Any:
+    await asyncio.sleep(0.001)
+    raise error
+
+
+@workflow
+async def meets(ctx: Context, name: str, how: str) -> str:
+    error: Any = {"frozen": Frozen(5), "odd": Odd("x"), "odder": Odder("x")}[name]
+    step = ctx.step.options(retry=Retry(max_attempts=1))
+    if how == "body":
+        raise error
+    if how == "activity":
+        await step.options(queue="far").run("a", raises_far, name)
+    await step.run("a", raises if how == "thread" else raises_later, error)
+    return ""
+
+
+@activity
+def raises_far(name: str) -> None:
+    raise {"frozen": Frozen(5), "odd": Odd("x"), "odder": Odder("x")}[name]
+
+
+@pytest.mark.parametrize("how", ["body", "thread", "loop", "activity"])
+@pytest.mark.parametrize("name", ["frozen", "odd", "odder"])
+async def test_errors_of_every_kind_are_recorded_and_let_go(name: str, how: str, tmp_path: Path) -> None:
+    async with engine(tmp_path, meets, activities=[raises_far], lease=1) as e:
+        handle = await e.start(meets, name, how)
+        with pytest.raises(RunFailed, match=name.capitalize()):
+            await handle.result(timeout=30)
+
+
+@workflow
+async def gives_up(ctx: Context) -> str:
+    async def deaf() -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            raise Frozen(5) from None
+
+    try:
+        await ctx.step.options(timeout=0.05, retry=Retry(max_attempts=1)).run("a", deaf)
+    except StepTimedOut:
+        return "given up"
+    return ""
+
+
+async def test_what_a_step_that_was_given_up_raises_at_last_costs_nobody_anything(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with engine(tmp_path, gives_up, adds, lease=1) as e:
+        handles = [await e.start(flow, *args) for flow, args in ((gives_up, ()), (adds, (1,))) for _ in range(5)]
+        assert [await handle.result(timeout=30) for handle in handles] == ["given up"] * 5 + [3] * 5
+    assert "Traceback" not in caplog.text

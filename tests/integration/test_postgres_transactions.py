@@ -16,6 +16,8 @@ from perdure.core.turn import Batch
 from perdure.stores.opening import open_store
 from perdure.stores.postgres import PostgresStore
 from perdure.stores.postgres.transaction import ending
+from perdure.worker import residents
+from perdure.worker.residents import Resident
 from tests import servers
 from tests.integration.helpers import AT_ONCE, ONCE, kinds, until
 
@@ -278,3 +280,40 @@ async def test_what_is_no_connection_of_the_stores_own_database_is_refused(
         own.close()
         with psycopg.connect(database.url, autocommit=True) as server:
             server.execute(f"DROP DATABASE {twin} WITH (FORCE)".encode())
+
+
+async def test_a_run_that_its_worker_fails_at_in_a_transaction_step_holds_up_no_other(
+    url: str, db: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residents, "FIRST_BACK_OFF", 10_000)
+    post = Resident.post
+    failed: list[str] = []
+
+    def fails_once(self: Resident, mail: Any) -> None:
+        if not failed:
+            failed.append(self.id)
+            raise MemoryError
+        post(self, mail)
+
+    monkeypatch.setattr(Resident, "post", fails_once)
+    async with Engine(url, workflows=[pays_slowly, awaits], lease=1) as here:
+        run = await here.start(pays_slowly, 3)
+        await until(lambda: calls)
+        await run.signal("go")
+        await until(lambda: failed)
+        began = time.monotonic()
+        for _ in range(5):
+            assert await (await here.start(awaits, "a")).result(timeout=20) == "A!"
+        took = time.monotonic() - began
+        await run.result(timeout=30)
+    print(f"five other runs took {took:.2f} s beside the step of 3 s")
+    assert took < 2.5
+    assert effects(db).count("paid") == 1
+
+
+@pytest.mark.parametrize("style", ["German", "SQL, DMY"])
+def test_a_connection_may_write_dates_as_it_likes(url: str, db: psycopg.Connection[Any], style: str) -> None:
+    own = open_store(url)
+    db.execute("SELECT set_config('DateStyle', %s, false)", [style])
+    own.write_on(db, Batch())
+    own.close()

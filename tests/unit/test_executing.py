@@ -43,7 +43,7 @@ async def on_loop() -> None:
     called.append("on_loop")
 
 
-def unexpected(one: Any, error: Exception) -> None:
+def unexpected(one: Any, error: BaseException) -> None:
     raise error
 
 

@@ -52,7 +52,7 @@ from asyncio import CancelledError as Cancelled
 from asyncio import TimeoutError as _AsyncioTimeoutError
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 __all__ = [
     "CallFailed",
@@ -642,6 +642,10 @@ class Suspended(Unwinding):
 
 class Evicted(Unwinding):
     """The run has left memory, or another worker has it: this copy of the code is closed."""
+
+
+NO_THREAD: Final = (RuntimeError, MemoryError)
+"""What `Thread.start` raises where memory, or the number of threads, has run out."""
 
 
 class NeverRests(Unwinding):

@@ -73,6 +73,7 @@ def record(
     return _recorded(error, set(), kind=kind, attempts=attempts, status=status, run_id=run_id)
 
 
+_GROUPS: Final[Any] = getattr(builtins, "BaseExceptionGroup", ())
 LAST_OF_ALL: Final = "Its total_timeout would pass before the next attempt."
 """What is recorded of a step whose last attempt, the cause, would be followed by another if there were time."""
 
@@ -89,8 +90,11 @@ def let_go(error: BaseException) -> None:
         each = waiting.pop()
         if each is not None and id(each) not in seen:
             seen.add(id(each))
-            each.__traceback__ = None
-            waiting += [each.__cause__, each.__context__, *getattr(each, "exceptions", ())]
+            # Not by an assignment: a frozen dataclass would refuse it.
+            BaseException.with_traceback(each, None)
+            waiting += [each.__cause__, each.__context__]
+            if isinstance(each, _GROUPS):
+                waiting += each.exceptions
 
 
 def type_name(kind: type[BaseException]) -> str:

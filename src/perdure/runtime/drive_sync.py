@@ -13,15 +13,12 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from typing import Any, Final
+from typing import Any
 
 from perdure.core.errors import Cancelled, Evicted, Suspended, Unwinding
 from perdure.core.match import LOCAL, Line, Op
 
 log = logging.getLogger("perdure.runtime")
-
-NO_THREAD: Final = (RuntimeError, MemoryError)
-"""What `Thread.start` raises where memory, or the number of threads, has run out."""
 
 
 class BodyThreads:

@@ -248,35 +248,52 @@ def child_id(parent: str, step: str) -> str:
     return f"{whole[: ID_LENGTH - len(digest) - 1]}~{digest}"
 
 
-REST: Final = inspect.CO_VARARGS
-
-
 def check_call(what: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse arguments that the function cannot take: it would be tried again and again in vain.
 
-    Judged by the function itself, not by what it wraps: a decorator may give it more.
+    Judged by the function's own code, not by what it wraps or says of itself: a decorator may give it more. What has
+    no code of its own (a partial, a class, a builtin) is not judged.
     """
     target, count = function, len(args)
     if type(target) is MethodType:
         target, count = target.__func__, count + 1
-    if type(target) is FunctionType and not kwargs:
-        code = target.__code__
-        least = code.co_argcount - len(target.__defaults__ or ())
-        if not code.co_kwonlyargcount and least <= count and (count <= code.co_argcount or code.co_flags & REST):
-            return
-    try:
-        signature = inspect.signature(function, follow_wrapped=False)
-    except (TypeError, ValueError):
-        return  # it says nothing of its parameters
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        bare = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
-        shown = signature.replace(parameters=bare, return_annotation=signature.empty)
-        raise TypeError(
-            f"{what} got arguments that {name_of(function) or 'its function'}{shown} cannot take: {error}. "
-            "What comes after the function is passed to it as it is; settings go into ctx.step.options(…)."
-        ) from None
+    if type(target) is not FunctionType:
+        return
+    code = target.__code__
+    most = code.co_argcount
+    required = most - len(target.__defaults__ or ())
+    rest = code.co_flags & inspect.CO_VARARGS
+    if kwargs or code.co_kwonlyargcount or not required <= count or not (count <= most or rest):
+        wrong = _misfit(target, count, kwargs)
+        if wrong:
+            names = ", ".join(code.co_varnames[: most + code.co_kwonlyargcount]) or "nothing"
+            raise TypeError(
+                f"{what} got arguments that {name_of(function) or 'its function'} cannot take: {wrong} (it takes "
+                f"{names}). What comes after the function is passed to it as it is; settings go into "
+                "ctx.step.options(…)."
+            )
+
+
+def _misfit(function: FunctionType, count: int, kwargs: dict[str, Any]) -> str:
+    """What is wrong with so many arguments by position and these by name; "" if nothing is."""
+    code = function.__code__
+    most, only = code.co_argcount, code.co_posonlyargcount
+    positional = code.co_varnames[:most]
+    named = code.co_varnames[most : most + code.co_kwonlyargcount]
+    if count > most and not code.co_flags & inspect.CO_VARARGS:
+        return f"{count} by position are {count - most} too many"
+    for name in kwargs:
+        if name in positional[only:]:
+            if positional.index(name) < count:
+                return f"{name!r} is given twice"
+        elif name not in named and not code.co_flags & inspect.CO_VARKEYWORDS:
+            return f"there is no {name!r} to be given by name"
+    required = most - len(function.__defaults__ or ())
+    missing = [
+        name for at, name in enumerate(positional[:required]) if at >= count and (at < only or name not in kwargs)
+    ]
+    missing += [name for name in named if name not in kwargs and name not in (function.__kwdefaults__ or ())]
+    return f"{', '.join(map(repr, missing))} is missing" if missing else ""
 
 
 def _for_children_only(what: str, options: Options) -> None:

@@ -105,7 +105,7 @@ class ChoosyStore(MemoryStore):
 class Strict(Shift):
     """A shift that is not meant to fail itself."""
 
-    def failed(self, one: Any, error: Exception) -> None:
+    def failed(self, one: Any, error: BaseException) -> None:
         raise error
 
 

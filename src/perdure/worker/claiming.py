@@ -200,13 +200,18 @@ class Housekeeper:
         now = shift.monotonic()
         if now < self._account_at and not self._strays and not shift.has_strays:
             return 0
-        shift.has_strays = False
         self._account_at = now + shift.settings.lease
+        shift.has_strays = False
         unknown = [
             key
             for key in self.store.owned(shift.incarnation)
             if key not in shift.residents and key not in shift.activities
         ]
+        # One whose row is locked by a step's transaction comes later: it would hold up whatever is written.
+        locked = shift.locked.intersection(unknown)
+        if locked:
+            shift.has_strays = True
+        unknown = [key for key in unknown if key not in locked]
         rows = [row for row in self.store.rows(unknown[:MOST_LOOKED_AT]) if row.owner == shift.incarnation]
         seen, self._strays = self._strays, {row.key: (row.epoch, row.version) for row in rows}
         turns = [

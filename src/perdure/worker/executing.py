@@ -20,8 +20,9 @@ from types import CoroutineType
 from typing import Any, Final
 
 from perdure.core import failure
+from perdure.core.errors import NO_THREAD, NeverRests
 from perdure.runtime.context import step_key
-from perdure.runtime.drive_sync import NO_THREAD, BodyThreads
+from perdure.runtime.drive_sync import BodyThreads
 from perdure.runtime.steps import LocalCall
 
 log = logging.getLogger("perdure.worker")
@@ -67,6 +68,9 @@ def current_step() -> StepInfo:
 
 ASK_AGAIN: Final = 0.1
 """Seconds after which the system is asked again for what it could not give: a thread, a little memory."""
+
+OURS: Final = (Exception, NeverRests)
+"""What goes wrong in our own code at one run: also an interruption of its code that came a moment late."""
 
 Done = Callable[["Execution", Any, "BaseException | None"], None]
 
@@ -134,7 +138,7 @@ class Executor:
     failed: called with the one whose method could not take an outcome, and why.
     """
 
-    def __init__(self, loop: Any, threads: BodyThreads, failed: Callable[[Any, Exception], None]) -> None:
+    def __init__(self, loop: Any, threads: BodyThreads, failed: Callable[[Any, BaseException], None]) -> None:
         self.loop = loop
         self.threads = threads
         self._failed = failed
@@ -221,8 +225,13 @@ class Executor:
     def _tell(self) -> None:
         self._tell_due = False
         ended = self._ended
-        while ended:
-            self.report(*ended.popleft())
+        try:
+            while ended:
+                self.report(*ended.popleft())
+        finally:
+            if ended and not self._tell_due:
+                self._tell_due = True
+                self.loop.call_soon(self._tell)
 
     def report(self, execution: Execution, value: Any, error: BaseException | None) -> None:
         """A function has ended, on the loop's thread."""
@@ -233,7 +242,7 @@ class Executor:
             execution.abandoned = True
             try:
                 execution.done(execution, value, error)
-            except Exception as wrong:
+            except OURS as wrong:
                 self._failed(execution.of, wrong)
         elif error is not None:
             failure.let_go(error)
@@ -386,6 +395,3 @@ def _resting(coroutine: Any, wanted: Any, context: contextvars.Context) -> Gener
 
 async def _awaited(awaitable: Any) -> Any:
     return await awaitable
-
-
-DEFAULT_THREADS: Final = 32

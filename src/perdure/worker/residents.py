@@ -489,13 +489,14 @@ class Resident:
         watched.resident = self
         watched.since = monotonic()
         try:
-            play.deliver(event, value)
+            try:
+                play.deliver(event, value)
+            finally:
+                watched.leave()
         except NeverRests as error:
             # The watchdog's exception came a moment late: it must not reach the caller's loop.
+            watched.since = 0.0
             play.did_not_rest(error.where)
-        finally:
-            with watched.lock:
-                watched.since = 0.0
         asked = play.take()
         if asked is not NOTHING:
             self._gather(asked)

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from perdure.core import codec, stored
 from perdure.core import events as ev
-from perdure.core.errors import PerdureError, StoreError
+from perdure.core.errors import NO_THREAD, PerdureError, StoreError
 from perdure.core.limits import Limits, limits_of
 from perdure.core.match import Op
 from perdure.core.retry import micros
@@ -38,14 +38,14 @@ from perdure.core.turn import (
     Turn,
 )
 from perdure.runtime.context import ThisRun
-from perdure.runtime.drive_sync import NO_THREAD, BodyThreads, SyncDriver
+from perdure.runtime.drive_sync import BodyThreads, SyncDriver
 from perdure.runtime.registry import Registry
 from perdure.runtime.steps import ActivityPolicy
 from perdure.stores.contract import Store
 from perdure.worker import transacting
 from perdure.worker.activities import ActivityRun, start_policy
 from perdure.worker.committer import Committer
-from perdure.worker.executing import ASK_AGAIN, Execution, Executor, soon
+from perdure.worker.executing import ASK_AGAIN, OURS, Execution, Executor, soon
 from perdure.worker.lease import Heartbeat
 from perdure.worker.remote_end import StartPolicy, policy_text
 from perdure.worker.residents import Fence, Outcome, Resident, fence_of, out_of_time, put_aside
@@ -150,6 +150,8 @@ class Shift:
         self.makes_way = False
         # Whether runs were dropped here that may still be ours.
         self.has_strays = False
+        # The attempts of transaction steps whose transactions are open, or about to be: they lock their runs' rows.
+        self.transacting: set[transacting.Attempt] = set()
         self._announced: dict[str, Announced] = {}
         self._announced_at = 0.0
         self.wants_room = False
@@ -297,7 +299,7 @@ class Shift:
             self._let_go(row.key)
             self._put_aside(fence_of(row), row.waits, row.id, error)
 
-    def _put_aside(self, fence: Fence, waits: str, id: str, error: Exception) -> None:
+    def _put_aside(self, fence: Fence, waits: str, id: str, error: BaseException) -> None:
         reason = str(error)
         if not isinstance(error, PerdureError):
             what = f"{type(error).__name__}: {error}".rstrip(": ")
@@ -348,12 +350,14 @@ class Shift:
         # Asked once for all steps that begin now: the margin is seconds, this is microseconds.
         self.lease_sure = self.heartbeat is not None and self.heartbeat.valid
         self.answered_at = self.now()
-        for answer, verdict in answers:
-            try:
-                answer(verdict)
-            except Exception as error:
-                self.failed(getattr(answer, "__self__", None), error)
-        self.lease_sure = False
+        try:
+            for answer, verdict in answers:
+                try:
+                    answer(verdict)
+                except OURS as error:
+                    self.failed(getattr(answer, "__self__", None), error)
+        finally:
+            self.lease_sure = False
         if mail:
             self.received((), mail)
 
@@ -366,10 +370,10 @@ class Shift:
         """Have something done for one run; what goes wrong in it costs the others nothing."""
         try:
             act(*args)
-        except Exception as error:
+        except OURS as error:
             self.failed(one, error)
 
-    def failed(self, one: Any, error: Exception) -> None:
+    def failed(self, one: Any, error: BaseException) -> None:
         """Our own code failed at a run: a bug, or no memory. It is put aside, and tried again elsewhere or later.
 
         Nothing of it is lost: what was not acknowledged is done again from its last commit.
@@ -380,11 +384,21 @@ class Shift:
         log.error("run %s failed in this worker, not by its own code, and is put aside", one.id, exc_info=error)
         if one.gone:
             return
-        fence, waits = one.fence, one.waits
-        # It stays ours if a turn that is under way comes first.
+        # It stays ours if a turn that is under way comes first, or if this fails too.
         self.has_strays = True
-        self._let_go(one.key)
-        self._put_aside(fence, waits, one.id, error)
+        try:
+            fence, waits = one.fence, one.waits
+            self._let_go(one.key)
+            if one.key not in self.locked:
+                # Else whatever is written with it would wait for the step's function.
+                self._put_aside(fence, waits, one.id, error)
+        except Exception:
+            log.exception("run %s could not be put aside, and is handed back", one.id)
+
+    @property
+    def locked(self) -> set[int]:
+        """The runs whose rows are locked by a step's transaction."""
+        return {attempt.resident.key for attempt in self.transacting.copy()}
 
     # --- what residents ask ----------------------------------------------------------------------------
 
@@ -654,7 +668,7 @@ class Shift:
             execution.began = self.now()
             try:
                 begin()
-            except Exception as error:
+            except OURS as error:
                 self.failed(execution.of, error)
 
     def _try_held(self) -> None:

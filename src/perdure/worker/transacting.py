@@ -218,11 +218,15 @@ class Attempt:
     # --- in a thread ---
 
     def _make(self) -> None:
+        transacting = self.resident.shift.transacting
+        transacting.add(self)
         try:
             result = self._tried()
         except BaseException as error:
             log.exception('run %s: step "%s"', self.resident.this.id, self.execution.step)
             result = _Failed(error)
+        finally:
+            transacting.discard(self)
         if result is not None:
             self._soon(self._ended, result)
 

@@ -41,9 +41,18 @@ class Watched:
         self.since = time.monotonic()
 
     def __exit__(self, *error: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """No code is inside any more. What the watchdog has raised before arrives here at the latest."""
         # Under the lock: the watchdog raises under it, and only while `since` stands.
         with self.lock:
             self.since = 0.0
+        arrives()
+
+
+def arrives() -> None:
+    """The interpreter raises what another thread has set for this one when a function begins, and no later."""
 
 
 class Watchdog:

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from perdure.core.errors import NotAStore, StoreError, StoreReadOnly, StoreUnavailable
+from perdure.core.errors import NO_THREAD, NotAStore, StoreError, StoreReadOnly, StoreUnavailable
 from perdure.stores.postgres.queries import statements
 
 log = logging.getLogger(__name__)
@@ -221,7 +221,7 @@ class ServerClock:
             self._asked = here
             try:
                 threading.Thread(target=self._ask_again, name="perdure-clock", daemon=True).start()
-            except (RuntimeError, MemoryError) as error:
+            except NO_THREAD as error:
                 log.debug("there is no thread to ask the server for the time: %s", error)
         return now + (here - at) // 1000
 

@@ -140,5 +140,6 @@ SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::int8, pg_backend_pid()
 
 -- name: home
 -- Which store this is: a copy of its database has the same id elsewhere, or on a server that began at another time.
-SELECT id, (SELECT oid::bigint FROM pg_database WHERE datname = current_database()), pg_postmaster_start_time()
+SELECT id, (SELECT oid::bigint FROM pg_database WHERE datname = current_database()),
+    (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint
 FROM perdure.store;

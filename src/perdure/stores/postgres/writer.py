@@ -35,7 +35,8 @@ class Writer:
         """Send one transaction. An error means that nothing arrived, or that nobody knows."""
         try:
             self._opened().send(self._first, calls, [end])
-        except psycopg.Error:
+        except BaseException:
+            # Also for want of memory: what was sent of it must not be taken for a part of the next.
             self.drop()
             raise
 

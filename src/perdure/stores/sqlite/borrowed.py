@@ -42,7 +42,7 @@ def borrowed(connection: Any, path: str, url: str) -> Iterator[Plain]:
             "sqlite3.Connection. Pass the connection whose transaction this shall be part of."
         )
     try:
-        connection.in_transaction, connection.total_changes  # noqa: B018  # to be asked whether it can be used
+        Connection.cursor(connection).close()
     except sqlite3.ProgrammingError as error:
         raise ValueError(
             f"connection= cannot be used here: {error} Pass an open connection, in the thread that it belongs to."

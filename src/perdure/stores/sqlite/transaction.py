@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, ExitStack
 from sqlite3 import Connection, Cursor
 from typing import Any, Final
 
-from perdure.core.errors import RolledBack, StoreError, StoreUnavailable
+from perdure.core.errors import NO_THREAD, RolledBack, StoreError, StoreUnavailable
 from perdure.core.turn import Batch, Turn, TurnVerdict, Unstorable
 from perdure.stores.sqlite.borrowed import Plain
 from perdure.stores.sqlite.errors import ours
@@ -320,7 +320,7 @@ class Steps:
                 try:
                     if not self._watched:
                         self._keep_watch()
-                except (RuntimeError, MemoryError) as error:
+                except NO_THREAD as error:
                     # Without its limit it must not hold the only writer.
                     opened.roll_back()
                     raise StoreUnavailable(

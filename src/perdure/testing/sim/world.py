@@ -152,7 +152,7 @@ class SimExecutor(Executor):
 class SimShift(Shift):
     """A shift that waits for the functions it gives to a sync body's thread, and is not meant to fail itself."""
 
-    def failed(self, one: Any, error: Exception) -> None:
+    def failed(self, one: Any, error: BaseException) -> None:
         raise error
 
     def _execute(self, *args: Any) -> None:
