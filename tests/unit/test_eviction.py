@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from perdure.core.errors import Evicted, NeverRests
+from perdure.runtime import context
 from perdure.runtime.drive_async import survivors
 from perdure.worker.watchdog import Watchdog, Watched
 from tests.unit.playing import Run, work
@@ -184,3 +185,14 @@ def test_timers_without_rest_are_code_that_does_not_rest() -> None:
     run = Run(flow).after(1)
     assert run.play.restless.endswith("in flow")
     run.close()
+
+
+def test_an_interrupted_collector_leaves_no_thread_marked() -> None:
+    """What unmarks it is no code of Python's: the watchdog's exception cannot arrive there."""
+    assert not context._collecting
+    context._collector("start", {})
+    assert context._collecting == {"stop": threading.get_ident()}
+    for callback in gc.callbacks:
+        if not hasattr(callback, "__code__"):
+            callback("stop", {})
+    assert not context._collecting

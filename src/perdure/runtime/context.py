@@ -109,7 +109,7 @@ class _Asking:
     def _checked(self, id: str, what: str = "a step id") -> Line:
         facts = self._facts
         # As `may_speak`, which says why not.
-        if facts.line.dead or facts.where.inside != get_ident() or _collecting.thread:
+        if facts.line.dead or facts.where.inside != get_ident() or _collecting:
             facts.may_speak(what)
         if type(id) is not str or not id.isprintable() or not 0 < len(id) <= 255:
             check_id(id, what)
@@ -281,26 +281,24 @@ class Facts:
                 "threads, steps and finalizers do not come again in the same order. Return a value from the step, "
                 "and call ctx with it in the body."
             )
-        if ident == _collecting.thread:
+        if ident == _collecting.get("stop"):
             raise RuntimeError(
                 f"ctx was used while the garbage collector ran (for {what}). A replay would not do that at the same "
                 "place. Call it in the body, not in __del__."
             )
 
 
-class _Collecting:
-    """In which thread the collector runs now; one at a time, as the interpreter has it."""
-
-    thread = 0
-
-
-_collecting: Final = _Collecting()
+_collecting: Final[dict[str, Any]] = {}
+"""In which thread the collector runs now, under `stop`, which takes it away; one at a time."""
 
 
 def _collector(phase: str, info: dict[str, int]) -> None:
-    _collecting.thread = threading.get_ident() if phase == "start" else 0
+    if phase == "start":
+        _collecting["stop"] = threading.get_ident()
 
 
+# No code of Python's: the watchdog could interrupt it, and the thread would be taken for a collecting one.
+gc.callbacks.append(_collecting.pop)
 gc.callbacks.append(_collector)
 
 
