@@ -657,6 +657,8 @@ def test_an_idle_worker_asks_less_than_twice_a_second(
         with servers.PostgresServer(settings={"log_statement": "all", "log_destination": "stderr"}) as server:
             worker = Worker(server.url, workflows=[returns_much])
             serving = asyncio.ensure_future(worker.run())
+            while worker._core.shift is None or not worker._core.shift.incarnation:
+                await asyncio.sleep(0.05)
             await asyncio.sleep(3)
             before = asked(server)
             await asyncio.sleep(10)
