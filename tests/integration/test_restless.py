@@ -12,6 +12,7 @@ from perdure import Context, Engine, Limits, RunFailed, Status, workflow
 from perdure.core.errors import NeverRests
 from perdure.worker import residents, watchdog
 
+
 async def step() -> None: ...
 
 
