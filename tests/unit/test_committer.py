@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from perdure.core.errors import StoreLocked
-from perdure.core.turn import Address, Batch, Finished, Send, Verdict
+from perdure.core.turn import Address, Batch, Begun, Existing, Finished, Send, Verdict
 from perdure.stores.memory import MemoryStore
+from perdure.testing.conformance.story import start
 from perdure.worker.committer import FEW, QUICKLY, Committer, CommitterThread
 
 
@@ -99,3 +101,21 @@ def test_what_would_have_to_wait_goes_to_the_thread_and_keeps_its_order() -> Non
     assert it.flush()
     assert (it.unanswered, it.waiting, len(answers)) == (0, False, 3)
     assert not any(isinstance(verdict, Finished) for verdict in answers)
+
+
+def test_what_is_settled_one_after_the_other_is_written_to_the_last() -> None:
+    """Starts of one id or key do not share a batch: what a quick writer leaves is the thread's."""
+    store = Slow()
+    it, answers = committer(store)
+    it.took = QUICKLY / 2
+    thread = CommitterThread(it)
+    for number in range(FEW):
+        it.start(start("same", seed=f"{number:032x}"), nothing)
+    thread.kick()
+    # Not stopped yet: that would have it written, too.
+    deadline = time.monotonic() + 10
+    while it.unanswered and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert [type(answer) for answer in answers] == [Begun] + [Existing] * (FEW - 1)
+    thread.stop()
+    assert store.calls[0] == "at once"

@@ -294,8 +294,8 @@ class CommitterThread:
                 sent = self.committer.tries == 0 and self._wire.send()
                 if sent:
                     return
-            elif self.committer.few and self.committer.flush(at_once=True):
-                return
+            elif self.committer.few and self.committer.flush(at_once=True) and not self.committer.waiting:
+                return  # else two of one id or key wait for each other, and the rest is the thread's
             self._wanted.put(None)
         finally:
             if not sent:
