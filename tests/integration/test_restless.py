@@ -12,6 +12,9 @@ from perdure import Context, Engine, Limits, RunFailed, Status, workflow
 from perdure.core.errors import NeverRests
 from perdure.worker import residents, watchdog
 
+# The interruption may come between the making of a coroutine and its first step.
+pytestmark = pytest.mark.filterwarnings("ignore:coroutine 'sleep' was never awaited:RuntimeWarning")
+
 
 async def step() -> None: ...
 
