@@ -374,6 +374,7 @@ class Core:
     async def _poll(self) -> None:
         """One poller for all awaited runs that are not in this process's memory."""
         pause = FIRST_POLL
+        failed = False
         while self.waiting:
             elsewhere = [key for key in self.waiting if self.shift is None or key not in self.shift.residents]
             found: list[Key] = []
@@ -384,8 +385,12 @@ class Core:
                         if row.status in ENDED or row.status == "quarantined":
                             self.resolve(row.key, Ending(row.status, row.result, row.error))
                 except StoreError as error:
-                    log.warning("looking for ended runs failed: %s", error)
-                    pause = 1.0
+                    if not failed:
+                        log.warning("looking for ended runs failed, and is tried again: %s", error)
+                    failed = True
+                    await asyncio.sleep(1.0)
+                    continue
+            failed = False
             pause = FIRST_POLL if found else min(pause * 1.5, LAST_POLL)
             await asyncio.sleep(pause)
 

@@ -492,13 +492,13 @@ def test_prune_removes_what_ended_long_enough_ago_and_says_how_much(shell: Shell
         shell.ask("terminate" if number else "cancel", f"g-{number}")
     assert shell.ask("prune", "--older-than", "1h").err == "0 runs removed.\n"
     assert shell.ask("prune", "--older-than", "0s", "--dry-run").err == "2 runs would be removed.\n"
-    assert shell.json("prune", "--older-than", "0", "--status", "completed") == {"runs": 0, "dry_run": False}
+    assert shell.json("prune", "--older-than", "0s", "--status", "completed") == {"runs": 0, "dry_run": False}
     assert shell.ask("prune", "--older-than", "0s", "--workflow", "order", "--namespace", "default").code == 0
     assert shell.ask("prune", "--older-than", "0s", "--status", "terminated", "--limit", "1").err == "1 run removed.\n"
     assert shell.json("prune", "--older-than", "0s") == {"runs": 1, "dry_run": False}
     ids = [json.loads(line)["id"] for line in shell.ask("list", "--json").out.splitlines()]
     assert ids == ["g-0", "live"]
-    for wrong in ("soon", "1y", "-1d", "1e99w"):
+    for wrong in ("soon", "1y", "-1d", "1e99w", "30", "0"):
         assert shell.ask("prune", "--older-than", wrong).code == 2
     assert shell.ask("prune", "--older-than", "9" * 30 + "w").code == 2
     assert shell.ask("prune").code == 2
@@ -562,6 +562,22 @@ def test_several_processes_are_started_again_and_stop_together(shell: Shell) -> 
     assert shell.ask("result", "h", "--timeout", str(PATIENCE)).out == '"held"\n'
     parent.send_signal(signal.SIGTERM)
     assert parent.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("after", [0.3, 0.6, 0.9])
+def test_processes_that_are_stopped_before_they_serve_leave_in_peace(shell: Shell, after: float) -> None:
+    process = shell.begin("worker", "flows.py", "--processes", "2")
+    until(lambda: list(shell.folder.glob("perdure.db")))
+    time.sleep(after)
+    process.terminate()
+    assert process.wait(PATIENCE) == 0, shell.log
+    assert "grace ran out" not in shell.log
+
+
+def test_json_that_is_nested_too_deep_is_exit_2(shell: Shell) -> None:
+    (shell.folder / "deep.json").write_text("[" * 2000 + "]" * 2000)
+    said = shell.ask("start", "greet", "--input", "@deep.json")
+    assert (said.code, "nested too deep" in said.err) == (2, True)
 
 
 def test_processes_whose_parent_was_killed_leave(shell: Shell) -> None:

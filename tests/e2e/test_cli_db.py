@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -113,3 +116,35 @@ def test_a_schema_of_somebody_elses_is_left_alone(table: str, capsys: pytest.Cap
                 assert (code, "Name another one with schema=" in err) == (4, True), err
             tables = db.execute("SELECT count(*) FROM pg_tables WHERE schemaname = %s", [schema]).fetchone()
             assert tables == (1,)
+
+
+NAP = """
+from perdure import Context, workflow
+
+@workflow
+async def nap(ctx: Context, seconds: float) -> str:
+    await ctx.step.sleep("nap", seconds)
+    return await ctx.step.run("wake", lambda: "awake")
+"""
+
+
+def test_a_run_outlives_a_restart_of_its_server(tmp_path: Path) -> None:
+    if not servers.installations():
+        pytest.skip("no server of our own")
+    (tmp_path / "flows.py").write_text(NAP)
+    with servers.PostgresServer() as server, (tmp_path / "log").open("w") as log:
+        line = [sys.executable, "-m", "perdure", "run", "flows.py:nap", "--input", "3", "--store", server.url]
+        process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            deadline = time.monotonic() + 60
+            while "nap: sleeps" not in (tmp_path / "log").read_text():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            server.kill()
+            server.start()
+            out, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    said = (tmp_path / "log").read_text()
+    assert (process.returncode, out) == (0, '"awake"\n'), said
+    assert "Traceback" not in said

@@ -12,6 +12,7 @@ from perdure.cli.steps import Step, Steps
 from perdure.cli.words import length, line, tell, when
 from perdure.client import Core, RunHandle
 from perdure.core import stored
+from perdure.core.errors import StoreError
 from perdure.core.retry import moment
 from perdure.core.status import Status
 from perdure.core.turn import Row
@@ -39,6 +40,7 @@ class Follower:
         self._begun = False
         self._looking = asyncio.Lock()  # the last look may come while another is under way
         self._shown: set[str] = set()
+        self._away = False  # whether the store could not be asked the last time
         self.stuck = False
         """Whether it was given up because its store cannot be written."""
         self._live: Any = None
@@ -59,7 +61,18 @@ class Follower:
     async def follow(self) -> str:
         """Until cancelled, or until the run is blocked, or `stuck`: then what is reported of it."""
         while True:
-            row = await self._look()
+            try:
+                row = await self._look()
+            except StoreError as error:
+                # What we show of it may wait; whoever executes it tries again, too.
+                if not error.retryable:
+                    raise
+                if not self._away:
+                    self._print(f"  ! {error}", "yellow")
+                self._away = True
+                await asyncio.sleep(1.0)
+                continue
+            self._away = False
             stuck = None if self._core.committer is None else self._core.committer.stuck
             if stuck is not None and time.monotonic() - stuck.since > PATIENCE:
                 self.stuck = True
@@ -72,7 +85,11 @@ class Follower:
 
     async def last(self) -> None:
         """Show what came with the end."""
-        row = await self._look()
+        try:
+            row = await self._look()
+        except StoreError as error:
+            self._print(f"  ! {error}", "yellow")
+            return
         if row.ended_at is not None and row.ended_at >= self._since:
             took = length(moment(row.ended_at) - moment(row.created_at))
             self._print(f"run {row.id} {row.status.replace('_', ' ')} after {took}", "bold")

@@ -77,6 +77,8 @@ def _json(text: str, option: str) -> str:
     try:
         read.encode()
         msgspec.json.decode(read)
+    except RecursionError:
+        raise Wrong(f"{option}{_short(text)} is nested too deep.") from None
     except (msgspec.DecodeError, UnicodeEncodeError) as error:
         hint = f" A text needs its quotes: {option}'\"{text}\"'." if text.isidentifier() else ""
         raise Wrong(f"{option}{_short(text)} is not JSON: {error}.{hint}") from error

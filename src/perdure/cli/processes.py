@@ -113,7 +113,8 @@ class Processes:
         drained = True
         for process in living:
             try:
-                drained &= process.wait(max(until - time.monotonic(), 0)) == 0
+                # One that ends by the signal itself had not begun to serve.
+                drained &= process.wait(max(until - time.monotonic(), 0)) in (0, -signal.SIGTERM)
             except subprocess.TimeoutExpired:
                 drained = False
         return 0 if drained else 1

@@ -27,18 +27,18 @@ PROGRESS: Final = 2.0
 
 
 class Age(click.ParamType):  # type: ignore[type-arg]  # generic for type checkers only
-    """An age such as `30d`, `12h`, `90min`, `2w`; a plain number is seconds."""
+    """An age such as `30d`, `12h`, `90min`, `2w`; a plain number is none: what is removed is gone."""
 
     name = "age"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, timedelta):
             return value
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h|d|w|)\s*", value)
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h|d|w)\s*", value)
         if match is None:
             self.fail(f"{value!r} is no age. Write a number and s, min, h, d or w: 30d, 12h.", param, ctx)
         try:
-            return timedelta(**{UNITS[match[2] or "s"]: float(match[1])})
+            return timedelta(**{UNITS[match[2]]: float(match[1])})
         except OverflowError:
             self.fail(f"{value!r} is longer than time goes back. Write a smaller number.", param, ctx)
 
