@@ -574,6 +574,15 @@ def test_processes_that_are_stopped_before_they_serve_leave_in_peace(shell: Shel
     assert "grace ran out" not in shell.log
 
 
+@pytest.mark.parametrize(
+    ("arguments", "saying"),
+    [(["flows.py:greet"], "Whole modules are served: write flows.py."), (["flows.py", "--lease", "0.001"], "0.1")],
+)
+def test_a_worker_that_makes_no_sense_is_exit_2(shell: Shell, arguments: list[str], saying: str) -> None:
+    said = shell.do("worker", *arguments)
+    assert (said.code, saying in said.err) == (2, True), said.err
+
+
 def test_json_that_is_nested_too_deep_is_exit_2(shell: Shell) -> None:
     (shell.folder / "deep.json").write_text("[" * 2000 + "]" * 2000)
     said = shell.ask("start", "greet", "--input", "@deep.json")

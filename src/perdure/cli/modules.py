@@ -39,6 +39,9 @@ def workflows_in(module: ModuleType) -> list[Workflow[Any, Any]]:
 
 def load_served(name: str) -> ModuleType:
     """A module with something to serve."""
+    before, colon, after = name.rpartition(":")
+    if colon and after.isidentifier():
+        raise Wrong(f"{name} names one workflow. Whole modules are served: write {before}.")
     module = load(name)
     if not any(isinstance(value, (Workflow, Activity)) for value in vars(module).values()):
         raise Wrong(

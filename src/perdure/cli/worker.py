@@ -42,7 +42,7 @@ BEYOND_GRACE: Final = 3.0
 @click.option("--threads", type=click.IntRange(min=1), default=32, show_default=True, help="Threads for sync ones.")
 @click.option(
     "--lease",
-    type=Seconds(min=0, min_open=True),
+    type=Seconds(min=0.1),
     default=15,
     show_default=True,
     metavar="SECONDS",
