@@ -583,6 +583,16 @@ def test_a_worker_that_makes_no_sense_is_exit_2(shell: Shell, arguments: list[st
     assert (said.code, saying in said.err) == (2, True), said.err
 
 
+def test_the_command_that_why_proposes_can_be_typed_as_it_stands(shell: Shell) -> None:
+    there = ["--store", "sqlite:///other.db", "--namespace", "shop"]
+    order = ["--input", '{"id": "o", "cents": 42}', "--timeout", "0.2"]
+    assert shell.do("run", "flows.py:order", "--id", "o-1", *order, *there).code == 5
+    proposed = shell.ask("why", "o-1", *there).out.split("`")[1]
+    assert proposed == "perdure signal o-1 approval --store sqlite:///other.db --namespace shop"
+    assert shell.ask(*shlex.split(proposed)[1:]).code == 0
+    assert proposed.rpartition(" --store")[2] in shell.ask("show", "o-1", *there).out
+
+
 def test_json_that_is_nested_too_deep_is_exit_2(shell: Shell) -> None:
     (shell.folder / "deep.json").write_text("[" * 2000 + "]" * 2000)
     said = shell.ask("start", "greet", "--input", "@deep.json")

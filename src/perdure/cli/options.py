@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import re
 import shlex
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -53,6 +54,10 @@ class Where:
         """The options that name the same store and namespace again, for commands we propose."""
         said = "" if self.store is None else f" --store {shlex.quote(self.store)}"
         return said + ("" if self.namespace == "default" else f" --namespace {shlex.quote(self.namespace)}")
+
+    def typed(self, text: str) -> str:
+        """The text with its commands as they are to be typed for this store and namespace."""
+        return re.sub(r"`(perdure [^`]+)`", lambda found: f"`{found[1]}{self.same()}`", text)
 
 
 def common(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -42,6 +42,7 @@ def command(where: Where, run: str) -> None:
         return info, steps, await handle.why()
 
     info, steps, why = ask(where, read)
+    why = where.typed(why)
     if where.json:
         made: Any = msgspec.to_builtins([asdict(step) for step in steps.by_id.values()])
         say(json_text({**fields_of(info), "steps": made, "why": why}))

@@ -26,4 +26,5 @@ def command(where: Where, run: str) -> None:
         return await handle.info(), await handle.why()
 
     info, sentence = ask(where, look)
+    sentence = where.typed(sentence)
     say(json_text({**fields_of(info), "why": sentence}) if where.json else sentence)
