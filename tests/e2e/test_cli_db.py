@@ -130,7 +130,7 @@ async def nap(ctx: Context, seconds: float) -> str:
 
 def test_a_run_outlives_a_restart_of_its_server(tmp_path: Path) -> None:
     if not servers.installations():
-        pytest.skip("no server of our own")
+        pytest.skip("a server that we were only given the URL of is not ours to kill")
     (tmp_path / "flows.py").write_text(NAP)
     with servers.PostgresServer() as server, (tmp_path / "log").open("w") as log:
         line = [sys.executable, "-m", "perdure", "run", "flows.py:nap", "--input", "3", "--store", server.url]

@@ -167,16 +167,7 @@ def workflow(
     retry: Retry | None = None,
     on_failure: Callable[..., Any] | None = None,
 ) -> _WorkflowDecorator: ...
-def workflow(
-    fn: Callable[..., Any] | None = None,
-    /,
-    *,
-    name: str | None = None,
-    queue: str = "default",
-    timeout: timedelta | float | None = None,
-    retry: Retry | None = None,
-    on_failure: Callable[..., Any] | None = None,
-) -> Any:
+def workflow(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """Make a function a workflow: `@workflow`, or `@workflow(name=…, queue=…, timeout=…)`.
 
     The function's first parameter is the context; the others are the run's input. One that has no others may be given
@@ -185,9 +176,7 @@ def workflow(
     timedelta or seconds; a run that takes longer ends as `timed_out`, without its code being asked.
     Nothing is registered: give the result to an `Engine` or `Worker`.
     """
-    made: Callable[..., Any] = Workflow
-    decorate = functools.partial(made, name=name, queue=queue, timeout=timeout, retry=retry, on_failure=on_failure)
-    return decorate if fn is None else decorate(fn)
+    return _decorated(Workflow, fn, options)
 
 
 class _ActivityDecorator(Protocol):
@@ -213,27 +202,21 @@ def activity(
     total_timeout: timedelta | float | None = None,
     raises: tuple[type[BaseException], ...] | type[BaseException] = (),
 ) -> _ActivityDecorator: ...
-def activity(
-    fn: Callable[..., Any] | None = None,
-    /,
-    *,
-    name: str | None = None,
-    queue: str | None = None,
-    retry: Retry | None = None,
-    timeout: timedelta | float | None = None,
-    total_timeout: timedelta | float | None = None,
-    raises: tuple[type[BaseException], ...] | type[BaseException] = (),
-) -> Any:
+def activity(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """Give a step's function its own policy: `@activity`, or `@activity(retry=Retry(…), timeout=30)`.
 
     Without `queue` it runs where the workflow runs; with one it is dispatched to workers of that queue.
     timeout: one attempt, seconds or timedelta. total_timeout: all attempts and the waits between them.
     raises: exception types that a workflow wants to catch by their own name.
     """
-    made: Callable[..., Any] = Activity
-    decorate = functools.partial(
-        made, name=name, queue=queue, retry=retry, timeout=timeout, total_timeout=total_timeout, raises=raises
-    )
+    return _decorated(Activity, fn, options)
+
+
+def _decorated(kind: Callable[..., Any], fn: Callable[..., Any] | None, options: dict[str, Any]) -> Any:
+    if options:
+        # At the decorator's own line: it may be used somewhere else.
+        inspect.signature(kind).bind_partial(fn, **options)
+    decorate = functools.partial(kind, **options)
     return decorate if fn is None else decorate(fn)
 
 

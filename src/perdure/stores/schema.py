@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
-from typing import Final
+from collections.abc import Collection, Iterable, Sequence
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -48,6 +48,42 @@ EDITED: Final = "was applied with another text than this version has"
 LATER: Final = "is of a later version, beside which this one cannot work"
 
 
-def gone(texts: Iterable[str], there: Collection[str]) -> list[str]:
-    """The tables that these migrations make and that are not among those that are there."""
-    return [table for text in texts for table in _TABLE.findall(text) if table not in there]
+class Known(Protocol):
+    """A migration, as this version has it."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def checksum(self) -> str: ...
+
+
+class Found(NamedTuple):
+    """A migration, as a database has it. fits: whether a version that does not know it may go on beside it."""
+
+    number: int
+    name: str
+    checksum: str
+    applied_at: int
+    fits: bool = False
+
+
+def compared(url: str, found: Iterable[Found], migrations: Sequence[Known], tables: Collection[str]) -> Schema:
+    """What a database has, beside what this version has. tables: the names of those that are there."""
+    known = {migration.number: migration for migration in migrations}
+    steps = []
+    for one in found:
+        mine = known.pop(one.number, None)
+        if mine is None:
+            trouble = "" if one.fits else LATER
+        else:
+            trouble = "" if one.checksum == mine.checksum else EDITED
+        is_known = mine is not None
+        steps.append(Step(number=one.number, name=one.name, applied_at=one.applied_at, known=is_known, trouble=trouble))
+    made = [one.text for one in migrations if one.number not in known]
+    gone = [table for text in made for table in _TABLE.findall(text) if table not in tables]
+    steps += [Step(number=one.number, name=one.name) for one in known.values()]
+    return Schema(url=url, steps=sorted(steps, key=lambda step: step.number), gone=gone)

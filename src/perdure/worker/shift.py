@@ -666,10 +666,7 @@ class Shift:
             self.executing += 1
             execution.counted = True
             execution.began = self.now()
-            try:
-                begin()
-            except OURS as error:
-                self.failed(execution.of, error)
+            self.safely(execution.of, begin)
 
     def _try_held(self) -> None:
         held, self._held = self._held, []

@@ -16,7 +16,7 @@ import psycopg
 
 from perdure.core.errors import NotAStore, StoreCorrupt, StoreTooNew
 from perdure.stores.postgres.queries import in_schema
-from perdure.stores.schema import EDITED, LATER, Schema, Step, gone
+from perdure.stores.schema import Found, Schema, compared
 
 _READABLE: Final = re.compile(r"^-- readable by: (\d+)$", re.MULTILINE)
 
@@ -104,25 +104,14 @@ def missing(found: list[Applied] | None, url: str) -> list[Migration]:
 
 def look(db: psycopg.Connection[Any], schema: str, url: str) -> Schema:
     """The tables of the store in this schema, also where some are missing."""
-    known = {migration.number: migration for migration in MIGRATIONS}
-    steps = []
-    for one in applied(db, schema, url) or ():
-        mine = known.get(one.number)
-        if mine is None:
-            trouble = LATER if one.readable_by > MIGRATIONS[-1].number else ""
-        else:
-            trouble = EDITED if one.checksum != mine.checksum else ""
-        step = Step(
-            number=one.number, name=one.name, applied_at=one.applied_at, known=mine is not None, trouble=trouble
-        )
-        steps.append(step)
-    there = {step.number for step in steps}
-    steps += [Step(number=one.number, name=one.name) for one in MIGRATIONS if one.number not in there]
-    tables = {
-        name for (name,) in db.execute("SELECT tablename FROM pg_tables WHERE schemaname = %s", [schema]).fetchall()
-    }
-    made = [one.text for one in MIGRATIONS if one.number in there]
-    return Schema(url=url, steps=sorted(steps, key=lambda step: step.number), gone=gone(made, tables))
+    newest = MIGRATIONS[-1].number
+    found = [
+        Found(one.number, one.name, one.checksum, one.applied_at, fits=one.readable_by <= newest)
+        for one in applied(db, schema, url) or ()
+    ]
+    asked = "SELECT tablename FROM pg_tables WHERE schemaname = %s"
+    tables = {name for (name,) in db.execute(asked, [schema]).fetchall()}
+    return compared(url, found, MIGRATIONS, tables)
 
 
 def check(db: psycopg.Connection[Any], schema: str, url: str) -> None:

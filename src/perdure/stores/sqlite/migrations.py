@@ -11,7 +11,7 @@ from sqlite3 import Connection
 from typing import Final, NamedTuple
 
 from perdure.core.errors import NotAStore, StoreCorrupt, StoreTooNew
-from perdure.stores.schema import EDITED, LATER, Schema, Step, gone
+from perdure.stores.schema import Found, Schema, compared
 from perdure.stores.sqlite import connections
 from perdure.stores.sqlite.errors import ours
 
@@ -67,18 +67,9 @@ def look(path: str, url: str) -> Schema:
     connections.check_path(path, url, create=False)
     with ours(url), closing(connections.connect(path, busy_timeout=5, durability="full", writes=False)) as db:
         tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()}
-        asked = "SELECT number, name, applied_at, checksum FROM perdure_migrations"
+        asked = "SELECT number, name, checksum, applied_at FROM perdure_migrations"
         found = db.execute(asked).fetchall() if "perdure_migrations" in tables else []
-    known = {migration.number: migration for migration in MIGRATIONS}
-    steps = []
-    for number, name, applied_at, checksum in found:
-        ours_ = known.get(number)
-        trouble = LATER if ours_ is None else EDITED if checksum != ours_.checksum else ""
-        steps.append(Step(number=number, name=name, applied_at=applied_at, known=ours_ is not None, trouble=trouble))
-    applied = {step.number for step in steps}
-    steps += [Step(number=one.number, name=one.name) for one in MIGRATIONS if one.number not in applied]
-    made = [one.text for one in MIGRATIONS if one.number in applied]
-    return Schema(url=url, steps=sorted(steps, key=lambda step: step.number), gone=gone(made, tables))
+    return compared(url, [Found(*row) for row in found], MIGRATIONS, tables)
 
 
 def migrate(db: Connection, url: str, now: int) -> None:
