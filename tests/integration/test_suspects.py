@@ -13,18 +13,23 @@ from typing import Any
 
 import pytest
 
-from perdure import Client, Context, SQLiteStore, Worker, activity, workflow
+from perdure import Client, Context, Engine, SQLiteStore, Worker, activity, workflow
 from perdure.core.turn import Announced, Announcement, Batch, Claim, Committed, Turn
 from perdure.stores.contract import Store
 from perdure.stores.memory import MemoryStore
 from perdure.worker.shift import Settings
 from perdure.worker.suspects import MOST_FAILURES, UNFIT, Child, Suspects, Unimportable, instructions
-from tests.integration.helpers import until, url_of
+from tests.integration.helpers import ask, until, url_of
 
 
 @workflow
 async def harmless(ctx: Context, n: int) -> int:
     return await ctx.step.run("double", lambda: n * 2)
+
+
+@workflow(name="harmless")
+async def at_once(ctx: Context, n: int) -> int:
+    return n
 
 
 @activity(queue="far")
@@ -52,6 +57,17 @@ async def struck(store: Store, id: str = "suspect", strikes: int = 2) -> None:
         )  # fmt: skip
         assert store.write(Batch(turns=[turn])) == [Committed(run=row.key)]
     store.retire(before)
+
+
+async def test_a_run_that_ends_has_no_strikes_left(tmp_path: Path) -> None:
+    """Also without a step: its end is an outcome (its worker may have died after the last step's commit)."""
+    store = SQLiteStore(tmp_path / "runs.db")
+    await struck(store, "struck", strikes=1)
+    async with Engine(store, workflows=[at_once]) as engine:
+        handle = engine.handle("struck")
+        await handle.result()
+    [(strikes,)] = ask(tmp_path, "SELECT strikes FROM perdure_runs")
+    assert strikes == 0
 
 
 def settings() -> Settings:

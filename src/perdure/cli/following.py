@@ -35,7 +35,7 @@ class Follower:
     def __init__(self, core: Core, handle: RunHandle[Any], *, since: int) -> None:
         self._core = core
         self._handle = handle
-        self._since = since
+        self._since = since  # what is recorded from then on has come while we look
         self._steps = Steps()
         self._begun = False
         self._looking = asyncio.Lock()  # the last look may come while another is under way
@@ -109,15 +109,18 @@ class Follower:
             self._print(f"run {row.id} of workflow {row.workflow} {begins}", "bold")
         taken = self._steps.taken
         texts = await core.read(functools.partial(core.store.history, row.key, taken))
-        if taken == 0 and row.created_at < self._since:
+        # A look that was given up may have taken some of these meanwhile.
+        events = [stored.decode(text) for text in texts[self._steps.taken - taken :]]
+        if self._steps.taken == 0 and row.created_at < self._since:
             # What was there before we came: each step once, as it is.
-            self._steps.take(stored.decode(text) for text in texts)
+            ours = (place for place, event in enumerate(events) if (getattr(event, "at", None) or 0) >= self._since)
+            before = next(ours, len(events))
+            self._steps.take(events[:before])
             for step in self._steps.by_id.values():
                 self._print(f"  = {_words(step)}", "dim")
-            return row
-        # A look that was given up may have taken some of these meanwhile.
-        for text in texts[self._steps.taken - taken :]:
-            for step in self._steps.take([stored.decode(text)]):
+            del events[:before]
+        for event in events:
+            for step in self._steps.take([event]):
                 self._print(f"  {_SIGNS.get(step.state, '.')} {_words(step)}", _STYLES.get(step.state, ""))
         return row
 

@@ -103,7 +103,8 @@ class Turn(_Fact, frozen=True, kw_only=True):
     closing: True if the status ends the run: newer unread mail, not in `consumed`, answers `MoreMail` unless
         `forced`.
     release: give the owner up with this commit.
-    progress: True if an outcome is recorded: clears the strikes. strike: True adds one (code that did not rest).
+    progress: True if an outcome is recorded, a step's or the run's: clears the strikes. strike: True adds one (code
+        that did not rest).
     starts: children and activities; sends: messages to other runs. Both take effect only with the turn, and
         a send that finds no live run is no failure of the turn.
     """

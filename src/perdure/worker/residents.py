@@ -673,6 +673,7 @@ class Resident:
         end = self.play.end
         assert end is not None
         gathered, self.open = self.open, Gathered()
+        gathered.progress = True
         line = self.play.line
         reason = line.cancel_reason or "its parent has ended"
         for step in line.emitted:
