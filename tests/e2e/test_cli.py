@@ -222,6 +222,15 @@ def test_a_run_that_is_interrupted_says_how_to_go_on(shell: Shell) -> None:
     assert "= charge: done" in said.err
 
 
+def test_how_to_go_on_is_said_before_steps_in_flight_are_waited_for(shell: Shell) -> None:
+    process = shell.begin("run", "flows.py:holds", "--input", "60")
+    shell.holding()
+    process.send_signal(signal.SIGINT)
+    until(lambda: "goes on with: perdure run flows.py:holds" in shell.log)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == 130
+
+
 def test_a_run_that_is_killed_goes_on(shell: Shell) -> None:
     process = shell.begin("run", "flows.py:holds", "--id", "h", "--input", "0.5")
     assert shell.holding() == process.pid
@@ -639,6 +648,30 @@ def test_every_command_has_a_help_text(shell: Shell) -> None:
     assert "  list " in overview.out
     assert shell.ask("nothing").code == 2
     assert shell.ask("list", "--nothing").code == 2
+
+
+def test_commands_in_sentences_are_as_they_are_to_be_typed(shell: Shell) -> None:
+    store = f"sqlite:///{shell.folder}/my store.db"
+    failed = shell.do("run", "flows.py:fails", "--id", "it's", "--input", '"no"', "--store", store)
+    assert failed.code == 1
+    proposed = failed.err.partition("`")[2].partition("`")[0]
+    assert "show" in proposed
+    said = shell.ask(*shlex.split(proposed)[1:])
+    assert said.code == 0
+    assert said.out.startswith("run       it's")
+    waits = ("run", "flows.py:order", "--id", "my order", "--input", '{"id": "o", "cents": 42}', "--timeout", "0.2")
+    assert shell.do(*waits, "--store", store).code == 5
+    why = shell.ask("why", "my order", "--store", store).out
+    assert shell.ask(*shlex.split(why.partition("`")[2].partition("`")[0])[1:]).code == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_output_that_cannot_be_written_is_one_sentence(shell: Shell) -> None:
+    shell.waiting()
+    line = [sys.executable, "-m", "perdure", "list"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, cwd=shell.folder, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "perdure: The output could not be written: No space left on device.\n")
 
 
 @pytest.mark.parametrize("imported", ["msgspec", "click", "perdure.cli.why"])

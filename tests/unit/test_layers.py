@@ -52,8 +52,8 @@ PURE: Final = {
     *("pprint", "re", "reprlib", "string", "struct", "sys", "textwrap", "traceback", "types", "typing"),
     *("unicodedata", "uuid", "weakref", "zlib", "zoneinfo"),
 }
-# … and exception types, which are facts wherever they live.
-PURE_NAMES: Final = {"asyncio.CancelledError", "asyncio.TimeoutError"}
+# … and exception types, which are facts wherever they live, and one pure function.
+PURE_NAMES: Final = {"asyncio.CancelledError", "asyncio.TimeoutError", "shlex.quote"}
 # … and the doors to clock, randomness and I/O that these modules have all the same.
 IMPURE: Final = {
     *("datetime.now", "datetime.today", "datetime.utcnow", "date.today"),

@@ -113,23 +113,22 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         complain("Interrupted.")
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has left. Python would complain once more at exit, when it flushes.
+    except OSError as error:
+        # Whoever read our output may have left, and is not told so.
+        if not isinstance(error, BrokenPipeError):
+            complain(f"The output could not be written: {error.strerror or error}.")
+        # Python would complain once more at exit, when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NO_SUCCESS
-    except TimeoutError as error:
-        complain(str(error))
-        return TOO_LONG
-    except PerdureError as error:
-        complain(str(error))
-        return exit_code(error)
 
 
-def exit_code(error: PerdureError) -> int:
+def exit_code(error: PerdureError | TimeoutError) -> int:
     """What an error means to a shell."""
     match error:
         case RunEnded() | RunFinished():
             return NO_SUCCESS
+        case TimeoutError():
+            return TOO_LONG
         case RunNotFound() | UnknownWorkflow():
             return NOT_FOUND
         case NotAStore(store=""):

@@ -69,7 +69,7 @@ def command(
 def _note(info: RunInfo, taken: Mapping[str, Collection[str]]) -> str:
     """What a run that has not ended waits for, in a few words; `perdure why` has the sentence."""
     if info.status.ended:
-        return "" if info.error is None else f"{info.error.type}: {info.error.message}"[:60]
+        return "" if info.error is None else ": ".join(filter(None, (info.error.type, info.error.message)))[:60]
     queues = taken.get(info.workflow)
     if not queues:
         return "no worker serves it"

@@ -16,9 +16,10 @@ from urllib.parse import unquote
 
 import click
 
-from perdure.cli.words import Wrong
+from perdure.cli.command import exit_code
+from perdure.cli.words import Wrong, complain
 from perdure.client import Client
-from perdure.core.errors import NotAStore
+from perdure.core.errors import NotAStore, PerdureError
 from perdure.core.retry import duration
 from perdure.stores.opening import DEFAULT, VARIABLE
 
@@ -61,14 +62,19 @@ class Where:
 
 
 def common(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--store`, `--namespace` and `--json`; the function gets them as one `Where`, first."""
+    """`--store`, `--namespace` and `--json`; the function gets them as one `Where`, first. Its errors are told here."""
 
     @click.option("--store", metavar="URL", help="Which store. [default: PERDURE_STORE, else sqlite:///perdure.db]")
     @click.option("--namespace", metavar="NAME", default="default", show_default=True, help="Which namespace of it.")
     @click.option("--json", "as_json", is_flag=True, help="Print JSON: one object, lists one object per line.")
     @functools.wraps(function)
     def command(store: str | None, namespace: str, as_json: bool, **rest: Any) -> Any:
-        return function(Where(store=store, namespace=namespace, json=as_json), **rest)
+        where = Where(store=store, namespace=namespace, json=as_json)
+        try:
+            return function(where, **rest)
+        except (PerdureError, TimeoutError) as error:
+            complain(where.typed(str(error)))
+            return exit_code(error)
 
     return command
 

@@ -89,6 +89,11 @@ def command(
                     return await _to_the_end(
                         handle, follower, asked, timeout, lambda: _how_to_go_on(where, target, arguments, handle.id)
                     )
+            except Stopped as stopped:
+                # Before anything is waited for: the next signal ends the process.
+                await follower.close()
+                tell(stopped.text)
+                raise
             finally:
                 await follower.close()
         finally:
@@ -98,7 +103,6 @@ def command(
     try:
         info = Aside(main, patience=GRACE + 5, impatient=INTERRUPTED).run()
     except Stopped as stopped:
-        tell(stopped.text)
         return end_soon(stopped.code)
     say(json_text(fields_of(info) if where.json else stored(info.result)))
     return end_soon(0)
@@ -135,7 +139,11 @@ async def _to_the_end(
                 f"{blocked.result()}\nIt waits for code that fits its history. Then it goes on with: {go_on()}",
                 NO_SUCCESS,
             )
-        raise Stopped(f"Interrupted. Run {handle.id} is kept and goes on with: {go_on()}", INTERRUPTED)
+        raise Stopped(
+            f"Interrupted: steps in flight may end, for {GRACE:g} s; the next signal ends them. "
+            f"Run {handle.id} is kept and goes on with: {go_on()}",
+            INTERRUPTED,
+        )
     finally:
         for task in (result, asking, blocked):
             task.cancel()

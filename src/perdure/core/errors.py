@@ -52,6 +52,7 @@ from asyncio import CancelledError as Cancelled
 from asyncio import TimeoutError as _AsyncioTimeoutError
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
+from shlex import quote
 from typing import Any, Final, TypeVar
 
 __all__ = [
@@ -198,7 +199,7 @@ class ChildFailed(StepFailed):
         why = _shown(self.type, self.message) if self.type else _sentence(self.message)
         return (
             f"Step {quoted(self.step)} failed: the child run {quoted(self.run_id)} ended as {_plain(self.status)}. "
-            f"{why} See `perdure show {self.run_id}`, or catch ChildFailed to go on without it."
+            f"{why} See `perdure show {quote(self.run_id)}`, or catch ChildFailed to go on without it."
         )
 
 
@@ -275,7 +276,7 @@ class RunFailed(RunEnded):
             why = f"Its code raised {_shown(self.cause.type, self.cause.message)}"
         return (
             f"Run {quoted(self.run_id)} failed. {why} "
-            f"`perdure show {self.run_id}` lists its steps and the traceback; a mended workflow needs a new run."
+            f"`perdure show {quote(self.run_id)}` lists its steps and the traceback; a mended workflow needs a new run."
         )
 
 
@@ -305,7 +306,7 @@ class RunTimedOut(RunEnded):
     def _text(self) -> str:
         return (
             f"Run {quoted(self.run_id)} was ended by its timeout. It had not finished in the time given at its start. "
-            "Give it a longer timeout=, and see `perdure history` for where the time went."
+            "Give it a longer timeout=, and see `perdure history {quote(self.run_id)}` for where the time went."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from shlex import quote
 
 from perdure.core.retry import moment
 from perdure.core.turn import Announced, Mail, Row
@@ -179,7 +180,7 @@ def _wait_signal(row: Row, wait: Wait, now: int, around: Surroundings) -> str:
     until = f", until {_at(wait.until)}" if wait.until is not None else ", without a timeout"
     return (
         f'waits in "{wait.step}"{_site(wait)} for signal "{wait.name}" since {_length(now - wait.since)}{until}; '
-        f"whoever sends it moves the run: `perdure signal {row.id} {wait.name}`."
+        f"whoever sends it moves the run: `perdure signal {quote(row.id)} {quote(wait.name)}`."
     )
 
 
@@ -188,7 +189,7 @@ def _wait_child(row: Row, wait: Wait, now: int, around: Surroundings) -> str:
     state = f", which is {child.status}" if child is not None else ""
     return (
         f'waits in "{wait.step}"{_site(wait)} for child run {wait.run}{state}, since {_length(now - wait.since)}; '
-        f"see `perdure why {wait.run}`."
+        f"see `perdure why {quote(wait.run)}`."
     )
 
 
@@ -261,7 +262,7 @@ def _wrong_queue(name: str, queue: str, around: Surroundings) -> str:
     others = ", ".join(f'"{each}"' for each in sorted(around.taken[name]))
     return (
         f'workers that serve "{name}" live, but none of them takes from queue "{queue}" (they take from {others}); '
-        f"start one with `perdure worker --queue {queue}`"
+        f"start one with `perdure worker --queue {quote(queue)}`"
     )
 
 

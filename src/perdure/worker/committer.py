@@ -181,9 +181,9 @@ class Committer:
         if kept:
             self.stuck = Stuck(error, time.monotonic() if self.stuck is None else self.stuck.since)
         self.tries += 1
-        if self.tries == 1:
-            what = ", what has come of its runs is kept and tried again" if kept else ""
-            log.error("the store refused a batch%s: %s", what, error)
+        if kept and self.tries == 1:
+            # Nobody waits for these; callers are told below.
+            log.error("the store refused what has come of runs, which is kept and tried again: %s", error)
         self._turns.extendleft(reversed(kept))
         self._answered += taken.size - len(kept)
         self._answer([(answer, error) for _, answer in (*taken.starts, *taken.sends, *callers)], ())
