@@ -297,6 +297,22 @@ def test_a_url_that_cannot_be_read_shows_no_password() -> None:
     assert secret not in "".join(traceback.format_exception(refused.value))
 
 
+@pytest.mark.parametrize(
+    ("rest", "named"),
+    [
+        ("127.0.0.1/db?fast=yes", "parameter fast"),
+        ("127.0.0.1:99999/db", "port=99999"),
+        ("127.0.0.1:abc/db", "port=abc"),
+        ("127.0.0.1/db?connect_timeout=soon", "connect_timeout=soon"),
+    ],
+)
+def test_what_is_wrong_in_a_url_is_named_before_anybody_is_asked(rest: str, named: str) -> None:
+    with pytest.raises(NotAStore, match=named) as refused:
+        PostgresStore(f"postgresql://u:zzcret@{rest}")
+    assert refused.value.store == "", "the URL names no store"
+    assert "zzcret" not in str(refused.value)
+
+
 def test_a_password_that_changes_is_asked_for_at_every_connect(opened: Open) -> None:
     asked: list[int] = []
 

@@ -58,6 +58,13 @@ def nobody() -> Iterator[None]:
 # --- what is there already
 
 
+def test_a_table_that_is_gone_is_named(store: SQLiteStore, path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute("DROP TABLE perdure_mail")
+    with pytest.raises(NotAStore, match=r"no such table: perdure_mail.*perdure db status"):
+        store.write(Batch(sends=[Send(to=1, id="m", kind="signal", name="go", data="[]")]))
+
+
 def test_a_missing_folder_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(NotAStore, match="no folder"):
         SQLiteStore(tmp_path / "missing" / "runs.db")

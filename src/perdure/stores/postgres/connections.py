@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -75,10 +75,23 @@ class Address:
             self.parameters: Final[dict[str, Any]] = conninfo_to_dict(url)
         except psycopg.ProgrammingError:
             # Its text may repeat the URL, password and all.
+            unknown = _unknown(url)
+            why = (
+                f"The driver knows no parameter {', '.join(unknown)}."
+                if unknown
+                else "Perhaps a character in it must be percent-encoded."
+            )
             raise NotAStore(
-                "The store URL cannot be read as one of PostgreSQL. Perhaps a character in it must be percent-encoded, "
-                "or a parameter is unknown. It is written postgresql://user@host:5432/database?sslmode=verify-full."
+                f"The store URL cannot be read as one of PostgreSQL. {why} It is written "
+                "postgresql://user@host:5432/database?sslmode=verify-full."
             ) from None
+        for name in ("port", "connect_timeout"):
+            for number in str(self.parameters.get(name) or "0").split(","):
+                if not (number.isascii() and number.isdigit()) or int(number) > 65535:
+                    raise NotAStore(
+                        f"The store URL has {name}={number}. That is no number between 0 and 65535. "
+                        "It is written postgresql://user@host:5432/database?connect_timeout=10."
+                    )
         encoding = str(self.parameters.get("client_encoding") or "UTF8")
         if encoding.upper() not in ("UTF8", "UTF-8", "UNICODE"):
             raise NotAStore(
@@ -238,6 +251,13 @@ def _clock_ns() -> int:
 
 SECRETS: Final = ("password", "sslpassword", "passfile", "sslkey", "oauth_client_secret", "scram_client_key",
                   "scram_server_key")  # fmt: skip
+
+
+def _unknown(url: str) -> list[str]:
+    """The names of parameters in a URL that the driver does not know."""
+    known = {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}
+    named = [part.partition("=")[0] for part in url.partition("?")[2].split("&")]
+    return sorted({name for name in map(unquote, named) if name and name not in known})
 
 
 def _shown(parameters: Mapping[str, Any], more: Mapping[str, str]) -> str:

@@ -122,8 +122,8 @@ def check(db: psycopg.Connection[Any], schema: str, url: str) -> None:
             f"its tables lack {', '.join(migration.name for migration in wanted)}"
         )  # fmt: skip
         raise NotAStore(
-            f'The store {url} cannot be opened: {what}, and it was not asked to make them (migrate="check"). '
-            "Run `perdure db upgrade` with a role that may create tables.",
+            f'The store {url} cannot be opened: {what}, which neither migrate="check" nor commands '
+            "that only read make. Run `perdure db upgrade` with a role that may create tables.",
             store=url,
         )
 

@@ -91,6 +91,13 @@ def code(error: BaseException) -> int:
 def translate(error: Exception, url: str) -> StoreError:
     """Our error for the driver's."""
     found = code(error)
+    if found == 1 and str(error).startswith("no such "):
+        # Only its words tell this from other mistakes in a statement.
+        return NotAStore(
+            f"The store {url} lacks what Perdure has made in it ({error}). Something else has changed the file. See "
+            "`perdure db status`, and restore a backup.",
+            store=url,
+        )
     kind, saying = _SAYING.get(
         _SAME.get(found, found),
         (StoreError, f"SQLite says: {error}. Nothing was written. If your program did not cause it, report it to us."),
