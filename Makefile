@@ -36,7 +36,7 @@ check: $(READY) ## lint, format, types, and who may import whom
 	$(PY) -m pytest -q tests/unit/test_layers.py
 
 pytest: $(READY) ## the tests alone; TESTS=, ARGS= and WORKERS= choose
-	$(if $(WORKERS),PYTHONHASHSEED=0) $(PY) -m pytest -q $(if $(WORKERS),-n $(WORKERS)) $(TESTS) $(ARGS)
+	$(if $(WORKERS),PYTHONHASHSEED=0) $(PY) -m pytest -q $(if $(WORKERS),-n $(WORKERS) --dist worksteal) $(TESTS) $(ARGS)
 
 test-pythons: $(READY) ## the tests on every Python from 3.10 to 3.14 that is found here
 	@failed=; passed=; \

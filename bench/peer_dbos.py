@@ -5,8 +5,9 @@ for sleeps and signals, else of seconds. Without --store it makes a fresh SQLite
 (`docs/bench.md` has the figures; the options below are what was tried):
 
 - SQLite: a WAL file, `synchronous=FULL` (as for everybody), sync workflows on two executor threads (more only fight for
-  the interpreter), a pool of four connections, polling every 10 ms instead of every second.
-- PostgreSQL: two processes (one is bound by its interpreter), sync workflows on two executor threads each, no ping
+  the interpreter), at full load three processes with one thread each; a pool of four connections, polling every 10 ms
+  instead of every second.
+- PostgreSQL: three processes (one is bound by its interpreter), sync workflows on two executor threads each, no ping
   before each use of a connection, handles awaited in order and polled every 10 ms.
 
 Waits would hold those two threads, so sleeps and signals are async workflows.
@@ -190,9 +191,9 @@ def measured(asked: argparse.Namespace, store: str) -> dict[str, Any]:
     return answer
 
 
-def together(asked: argparse.Namespace) -> dict[str, Any]:
+def together(asked: argparse.Namespace, store: str) -> dict[str, Any]:
     """Several processes on one database, each with its part of the concurrency; their rates are added."""
-    command = [sys.executable, __file__, "--processes=1", f"--store={asked.store}"]
+    command = [sys.executable, __file__, "--processes=1", f"--store={store}"]
     subprocess.run([*command, "migrate", "0"], check=True)
     share = [f"--concurrency={asked.concurrency // asked.processes}", f"--threads={asked.threads}"]
     share += [f"--pool={asked.pool}", *(["--async"] if asked.asynchronous else []), *(["--ping"] if asked.ping else [])]
@@ -216,16 +217,15 @@ def main() -> None:
     parser.add_argument("--ping", action="store_true", help="ask each connection whether it lives before using it")
     parser.add_argument("--at", type=float, default=0.0, help="Unix time: when to begin")
     asked = parser.parse_args()
-    if asked.store and asked.processes > 1:
-        answer = together(asked)
-    elif asked.store:
-        answer = measured(asked, asked.store)
+    measure = together if asked.processes > 1 else measured
+    if asked.store:
+        answer = measure(asked, asked.store)
     else:
         with tempfile.TemporaryDirectory(prefix="bench-dbos-") as folder:
             file = Path(folder, "dbos.db")
             with sqlite3.connect(file) as made:
                 made.execute("PRAGMA journal_mode=WAL")
-            answer = measured(asked, f"sqlite:///{file}")
+            answer = measure(asked, f"sqlite:///{file}")
     print(json.dumps({**answer, "version": version("dbos"), "python": sys.version.split()[0]}))
 
 

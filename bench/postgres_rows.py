@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from statistics import mean, median
+from typing import Any
 
 from postgres import Postgres
-from programs import HERE, Answer, Failed, Scale, absurd, dbos, fleet, gathered, ours, pg_floor, program
+from programs import HERE, Answer, Failed, Scale, absurd, dbos, fleet, gathered, ours, pg_floor, program, side_by_side
 from table import Check, Line, at_least, at_most, joined, percentile
 
 ENGINES = 2
@@ -24,14 +23,13 @@ LEASE = 4.0
 
 
 def throughput(scale: Scale, postgres: Postgres) -> list[Line]:
-    size = {"steps": 3, "concurrency": 256, "seconds": scale.seconds}
+    size: dict[str, Any] = {"steps": 3, "concurrency": 256, "seconds": scale.seconds}
     batches: list[float] = []
 
     def engine() -> Answer:
         """As many processes as serve it best, on one store, side by side; the peers have theirs."""
-        share = size | {"concurrency": int(size["concurrency"]) // ENGINES, "at": time.time() + 4}
-        with postgres.fresh() as store, ThreadPoolExecutor() as side_by_side:
-            found = list(side_by_side.map(lambda _: ours("throughput", store=store, **share), range(ENGINES)))
+        with postgres.fresh() as store:
+            found = side_by_side(ENGINES, store=store, **size)
         runs = sum(each["runs"] for each in found)
         # Each has measured the whole server while it served all of them, and counted all transactions.
         batches.append(ENGINES * median(each["turns_per_transaction"] for each in found))

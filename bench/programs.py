@@ -6,7 +6,9 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,13 @@ def program(*command: object, timeout: float = 240) -> Answer:
 
 def ours(measurement: str, **options: object) -> Answer:
     return program(sys.executable, HERE / "ours.py", measurement, *flags(options))
+
+
+def side_by_side(processes: int, *, store: str, concurrency: int, **options: object) -> list[Answer]:
+    """As many processes of ours on one store, each with its share of the runs under way, in the same seconds."""
+    share = {**options, "store": store, "concurrency": concurrency // processes, "at": time.time() + 4}
+    with ThreadPoolExecutor(processes) as pool:
+        return list(pool.map(lambda _: ours("throughput", **share), range(processes)))
 
 
 def fleet(measurement: str, *, timeout: float = 240, **options: object) -> Answer:

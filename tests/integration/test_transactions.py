@@ -488,8 +488,8 @@ async def hears(ctx: Context) -> list[Any]:
 
     await asyncio.gather(
         hear(ctx.step.wait_signal("go")),
-        hear(ctx.step.sleep("nap", 0.05)),
-        hear(ctx.step.transaction("slow", slow, 0.4)),
+        hear(ctx.step.sleep("nap", 1.0)),  # the function begins before it ends, also on a busy machine
+        hear(ctx.step.transaction("slow", slow, 1.5)),
     )
     return said
 
