@@ -73,6 +73,7 @@ from perdure.stores.contract import Store
 from perdure.stores.opening import check_store, open_store
 from perdure.worker.committer import Committer, CommitterThread
 from perdure.worker.ending import end_without_code
+from perdure.worker.executing import soon
 from perdure.worker.remote_end import CANCEL
 from perdure.worker.shift import LANGUAGE, Shift
 
@@ -230,14 +231,14 @@ class Core:
             # The loop itself has written it.
             self._answered(answers)
             return
-        try:
-            self.loop.call_soon_threadsafe(self._answered, answers)
-        except RuntimeError:
-            log.debug("an answer came after the loop was closed")
+        soon(self.loop, self._answered, answers)
 
     def _answered(self, answers: list[tuple[Callable[[Any], None], Any]]) -> None:
         for answer, verdict in answers:
-            answer(verdict)
+            try:
+                answer(verdict)
+            except Exception:
+                log.exception("an answer could not be taken")
 
     async def close(self) -> None:
         """Write what waits, stop, give the store back. Twice is once."""

@@ -6,10 +6,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
 from perdure.core.errors import StoreLocked
 from perdure.core.turn import Address, Batch, Begun, Existing, Finished, Send, Verdict
 from perdure.stores.memory import MemoryStore
 from perdure.testing.conformance.story import start
+from perdure.worker import committer as module
 from perdure.worker.committer import FEW, QUICKLY, Committer, CommitterThread
 
 
@@ -119,3 +122,60 @@ def test_what_is_settled_one_after_the_other_is_written_to_the_last() -> None:
     assert [type(answer) for answer in answers] == [Begun] + [Existing] * (FEW - 1)
     thread.stop()
     assert store.calls[0] == "at once"
+
+
+# --- no memory: what waits is in a batch or waits on, and who waits is answered once
+
+
+def failing(times: int, act: Any) -> Any:
+    """`act`, for which there is no memory so many times."""
+    left = [times]
+
+    def tried(*args: Any, **named: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise MemoryError("no memory")
+        return act(*args, **named)
+
+    return tried
+
+
+@pytest.mark.parametrize("number", [1, FEW + 1], ids=["by who adds", "by the thread"])
+@pytest.mark.parametrize("where", ["the batch", "the answers", "the refusal"])
+def test_what_there_was_no_memory_for_is_written_and_answered_once(
+    where: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Slow()
+    it, answers = committer(store)
+    it.took = QUICKLY / 2
+    if where == "the batch":
+        monkeypatch.setattr(module, "Batch", failing(2, Batch))
+    else:
+        it._answer = failing(2, it._answer)
+    if where == "the refusal":
+        store.write = failing(1, store.write)  # type: ignore[method-assign]
+        store.write_at_once = failing(1, store.write_at_once)  # type: ignore[method-assign]
+    thread = CommitterThread(it)
+    for each in range(number):
+        it.start(start(f"run-{each}", seed=f"{each:032x}"), nothing)
+    thread.kick()
+    deadline = time.monotonic() + 10
+    while it.unanswered and time.monotonic() < deadline:
+        time.sleep(0.001)
+    thread.stop()
+    assert (it.unanswered, len(answers)) == (0, number)
+    if where != "the refusal":
+        assert {type(answer) for answer in answers} == {Begun}
+
+
+def test_starts_that_were_not_taken_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    it, _ = committer(Slow())
+    for name in ("a", "b", "a", "c", "b"):
+        it.start(start(name), nothing)
+    before = list(it._starts)
+    monkeypatch.setattr(module, "Batch", failing(1, Batch))
+    with pytest.raises(MemoryError):
+        it.take()
+    assert len(it._starts) == len(before)
+    assert [one.id for one in it.take().batch.starts] == ["a", "b", "c"]
+    assert list(it._starts) == [before[2], before[4]]

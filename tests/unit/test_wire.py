@@ -170,3 +170,24 @@ async def test_after_trouble_the_thread_tries_again_before_the_loop_does() -> No
     await site.hears(3)
     assert site.store.done[-1] == ("finish", "loop")
     site.thread.stop()
+
+
+async def test_answers_that_cannot_be_handed_on_are_asked_for_again() -> None:
+    site = Site()
+    hand_on, left = site.committer._answer, [1]
+
+    def failing(answers: Any, mail: Any) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise MemoryError("no memory")
+        hand_on(answers, mail)
+
+    site.committer._answer = failing
+    site.sends(1)
+    site.store.answer()
+    while left[0]:
+        await asyncio.sleep(0)
+    site.store.answer()
+    await site.hears(1)
+    assert (len(site.answers), site.committer.unanswered) == (1, 0)
+    site.thread.stop()

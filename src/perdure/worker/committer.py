@@ -131,43 +131,66 @@ class Committer:
         taken = self.take()
         began = time.monotonic()
         try:
-            verdicts = self.store.write_at_once(taken.batch) if at_once else self.store.write(taken.batch)
-        except Exception as error:
-            if at_once and isinstance(error, StoreLocked):
-                self.put_back(taken)
-                self.took = QUICKLY
-            else:
-                self.failed(taken, error)
-            return False
-        if taken.size <= FEW:
-            self.took += (time.monotonic() - began - self.took) / 4
-        self.written(taken, verdicts, self.mail(taken, verdicts))
+            try:
+                verdicts = self.store.write_at_once(taken.batch) if at_once else self.store.write(taken.batch)
+            except Exception as error:
+                if at_once and isinstance(error, StoreLocked):
+                    self.put_back(taken)
+                    self.took = QUICKLY
+                else:
+                    self.failed(taken, error)
+                return False
+            if taken.size <= FEW:
+                self.took += (time.monotonic() - began - self.took) / 4
+            self.written(taken, verdicts, self.mail(taken, verdicts))
+        except BaseException:
+            # Nobody was answered. Asked again, the store answers the same.
+            self.put_back(taken)
+            raise
         return True
 
     def take(self) -> Taken:
-        """What is waiting, as the next batch; to be told of with `written`, `failed` or `put_back`."""
-        starts, sends, turns = self._gather()
-        batch = Batch(
-            starts=[start for start, _ in starts],
-            sends=[send for send, _ in sends],
-            turns=[turn for turn, _ in turns],
-            by=self._incarnation(),
-        )
-        return Taken(starts, sends, turns, batch)
+        """What is waiting, as the next batch; to be told of with `written`, `failed` or `put_back`.
+
+        Where it raises, for want of memory, everything waits as before.
+        """
+        starts: list[tuple[Start, Answer]] = []
+        later: list[tuple[Start, Answer]] = []
+        sends: list[tuple[Send, Answer]] = []
+        turns: list[tuple[Turn, Answer]] = []
+        try:
+            _move(self._turns, turns)
+            _move(self._sends, sends)
+            self._move_starts(starts, later)
+            batch = Batch(
+                starts=[start for start, _ in starts],
+                sends=[send for send, _ in sends],
+                turns=[turn for turn, _ in turns],
+                by=self._incarnation(),
+            )
+            taken = Taken(starts, sends, turns, batch)
+        except BaseException:
+            self._starts.extendleft(reversed(later))
+            self._put_back(starts, sends, turns)
+            raise
+        self._starts.extendleft(reversed(later))
+        return taken
 
     def put_back(self, taken: Taken) -> None:
         """As if it had not been taken."""
-        self._starts.extendleft(reversed(taken.starts))
-        self._sends.extendleft(reversed(taken.sends))
-        self._turns.extendleft(reversed(taken.turns))
+        self._put_back(taken.starts, taken.sends, taken.turns)
+
+    def _put_back(self, starts: Sequence[Any], sends: Sequence[Any], turns: Sequence[Any]) -> None:
+        self._starts.extendleft(reversed(starts))
+        self._sends.extendleft(reversed(sends))
+        self._turns.extendleft(reversed(turns))
 
     def written(self, taken: Taken, verdicts: Sequence[Verdict], mail: Sequence[Mail] = ()) -> None:
         """Hand on the verdicts, and mail that was read after them."""
+        items = [*(a for _, a in taken.starts), *(a for _, a in taken.sends), *(a for _, a in taken.turns)]
+        self._tell(list(zip(items, verdicts, strict=True)), mail)
         self.stuck = None
         self.tries = 0
-        self._answered += taken.size
-        items = [*(a for _, a in taken.starts), *(a for _, a in taken.sends), *(a for _, a in taken.turns)]
-        self._answer(list(zip(items, verdicts, strict=True)), mail)
 
     def failed(self, taken: Taken, error: Exception) -> None:
         """The batch was not written, as far as anybody knows: callers are told, runs' turns are kept."""
@@ -184,22 +207,25 @@ class Committer:
         if kept and self.tries == 1:
             # Nobody waits for these; callers are told below.
             log.error("the store refused what has come of runs, which is kept and tried again: %s", error)
+        self._tell([(answer, error) for _, answer in (*taken.starts, *taken.sends, *callers)], ())
         self._turns.extendleft(reversed(kept))
-        self._answered += taken.size - len(kept)
-        self._answer([(answer, error) for _, answer in (*taken.starts, *taken.sends, *callers)], ())
 
-    def _gather(
-        self,
-    ) -> tuple[list[tuple[Start, Answer]], list[tuple[Send, Answer]], list[tuple[Turn, Answer]]]:
-        starts: list[tuple[Start, Answer]] = []
-        later: list[tuple[Start, Answer]] = []
+    def _tell(self, answers: list[tuple[Answer, Any]], mail: Sequence[Mail]) -> None:
+        """Hand answers on; where that raises, nobody was answered."""
+        self._answered += len(answers)
+        try:
+            self._answer(answers, mail)
+        except BaseException:
+            self._answered -= len(answers)
+            raise
+
+    def _move_starts(self, starts: list[tuple[Start, Answer]], later: list[tuple[Start, Answer]]) -> None:
+        """Take starts whose ids and keys differ; those that come too early for that go to `later`."""
         ids: set[tuple[str, ...]] = set()
-        turns = [self._turns.popleft() for _ in range(min(len(self._turns), MOST))]
-        sends = [self._sends.popleft() for _ in range(min(len(self._sends), MOST))]
         for _ in range(len(self._starts)):
             if len(starts) >= MOST:
                 break
-            item = self._starts.popleft()
+            item = self._starts[0]
             start = item[0]
             names: list[tuple[str, ...]] = [(start.namespace, start.id)]
             if start.idempotency_key is not None:
@@ -210,8 +236,7 @@ class Committer:
             else:
                 # Two of one id or key are settled one after the other.
                 later.append(item)
-        self._starts.extendleft(reversed(later))
-        return starts, sends, turns
+            self._starts.popleft()
 
     def mail(self, taken: Taken, verdicts: Sequence[Verdict]) -> Sequence[Mail]:
         """Mail that a batch brought to runs of this very process: read at once, no poll in between."""
@@ -249,6 +274,13 @@ class Committer:
             # Not ours, or claimed this moment and not here yet: the watcher looks.
             self.store.wake()
         return bool(here) or named
+
+
+def _move(waiting: deque[Any], taken: list[Any]) -> None:
+    """As many as fit into a batch, none of which is ever in neither."""
+    for _ in range(min(len(waiting), MOST)):
+        taken.append(waiting[0])
+        waiting.popleft()
 
 
 class CommitterThread:
@@ -289,13 +321,16 @@ class CommitterThread:
         try:
             if not self.committer.waiting:
                 return
-            if self._wire is not None:
-                # After trouble it is the thread's, which waits between tries.
-                sent = self.committer.tries == 0 and self._wire.send()
-                if sent:
-                    return
-            elif self.committer.few and self.committer.flush(at_once=True) and not self.committer.waiting:
-                return  # else two of one id or key wait for each other, and the rest is the thread's
+            try:
+                if self._wire is not None:
+                    # After trouble it is the thread's, which waits between tries.
+                    sent = self.committer.tries == 0 and self._wire.send()
+                    if sent:
+                        return
+                elif self.committer.few and self.committer.flush(at_once=True) and not self.committer.waiting:
+                    return  # else two of one id or key wait for each other, and the rest is the thread's
+            except Exception:
+                log.exception("what waits could not be written by the loop, and is the thread's")
             self._wanted.put(None)
         finally:
             if not sent:
@@ -418,10 +453,17 @@ class Wire:
         taken, self._taken = self._taken, None
         assert taken is not None
         committer = self.committer
-        if isinstance(verdicts, Exception):
-            committer.failed(taken, verdicts)
-        else:
-            committer.written(taken, verdicts)
-            if committer.brings_mail(taken, verdicts):
-                self._read(lambda: committer.mail(taken, verdicts), committer.arrived)
-        self._freed()
+        try:
+            if isinstance(verdicts, Exception):
+                committer.failed(taken, verdicts)
+            else:
+                committer.written(taken, verdicts)
+        except Exception:
+            # Asked again, the store answers the same.
+            log.exception("the answers to a batch could not be handed on")
+            committer.put_back(taken)
+            verdicts = ()
+        finally:
+            self._freed()
+        if verdicts and not isinstance(verdicts, Exception) and committer.brings_mail(taken, verdicts):
+            self._read(lambda: committer.mail(taken, verdicts), committer.arrived)
