@@ -514,9 +514,9 @@ async def test_a_store_that_is_locked_is_waited_for_then_refused_and_works_again
         assert await (await it.start(echo, 2)).result(timeout=60) == 2
 
 
-async def test_a_store_that_is_full_refuses_starts_keeps_outcomes_and_goes_on(tmp_path: Path) -> None:
-    store = SQLiteStore(tmp_path / "runs.db")
-    calls = []
+def worker_of_large_values() -> tuple[Any, list[int]]:
+    """A workflow whose step is worth many pages, once it gets its signal; and a mark for each execution of the step."""
+    calls: list[int] = []
 
     def work() -> str:
         calls.append(1)
@@ -527,12 +527,26 @@ async def test_a_store_that_is_full_refuses_starts_keeps_outcomes_and_goes_on(tm
         await ctx.step.wait_signal("go")
         return len(await ctx.step.run("work", work))
 
+    return works, calls
+
+
+def fill(store: SQLiteStore) -> None:
+    """From now on the file gets no page more."""
+    db = store._opened_writer()
+    db.execute(f"PRAGMA max_page_count = {db.execute('PRAGMA page_count').fetchone()[0]}")
+
+
+def make_room(store: SQLiteStore) -> None:
+    store._opened_writer().execute("PRAGMA max_page_count = 1000000")
+
+
+async def test_a_store_that_is_full_refuses_starts_keeps_outcomes_and_goes_on(tmp_path: Path) -> None:
+    store = SQLiteStore(tmp_path / "runs.db")
+    works, calls = worker_of_large_values()
     async with Engine(store, workflows=[works, echo]) as it:
         handle = await it.start(works)
         await until(lambda: ask(tmp_path, "SELECT 1 FROM perdure_runs WHERE status = 'waiting'"), "the wait")
-        [(pages,)] = ask(tmp_path, "PRAGMA page_count")
-        full = store._opened_writer()
-        full.execute(f"PRAGMA max_page_count = {pages}")
+        fill(store)
         with pytest.raises(StoreFull) as raised:
             await it.start(echo, "z" * 100_000)
         assert not raised.value.retryable
@@ -546,7 +560,7 @@ async def test_a_store_that_is_full_refuses_starts_keeps_outcomes_and_goes_on(tm
         assert str(raised.value)[:60] in why
         with pytest.raises(TimeoutError, match="is held up here"):
             await handle.result(timeout=0.05)
-        full.execute("PRAGMA max_page_count = 1000000")
+        make_room(store)
         assert await handle.result(timeout=60) == 50_000
         assert await (await it.start(echo, 2)).result(timeout=60) == 2
     store.close()
@@ -660,29 +674,18 @@ async def test_closing_on_a_full_store_says_what_is_lost(
 ) -> None:
     monkeypatch.setattr("perdure.engine.GRACE", 0.2)
     store = SQLiteStore(tmp_path / "runs.db")
-    calls = []
-
-    def work() -> str:
-        calls.append(1)
-        return "y" * 50_000
-
-    @workflow
-    async def works(ctx: Context) -> int:
-        await ctx.step.wait_signal("go")
-        return len(await ctx.step.run("work", work))
-
+    works, calls = worker_of_large_values()
     async with Engine(store, workflows=[works]) as it:
         handle = await it.start(works)
         await until(lambda: ask(tmp_path, "SELECT 1 FROM perdure_runs WHERE status = 'waiting'"), "the wait")
-        [(pages,)] = ask(tmp_path, "PRAGMA page_count")
         await handle.signal("go")
-        store._opened_writer().execute(f"PRAGMA max_page_count = {pages}")
+        fill(store)
         await until(lambda: calls, "the step")
     said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("closing: ")]
     assert len(said) == 1
     assert "could not be written within 0.2 s" in said[0]
     assert "done again by whoever takes them" in said[0]
-    store._opened_writer().execute("PRAGMA max_page_count = 1000000")
+    make_room(store)
     async with Engine(store, workflows=[works]) as it:
         assert await it.handle(handle.id).result(timeout=60) == 50_000
     store.close()
