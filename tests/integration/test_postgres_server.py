@@ -537,8 +537,12 @@ def test_a_killed_worker_is_missed_within_a_second(opened: Open, database: serve
         time.sleep(0.8)
         assert store.reap().runs == 0
         assert store.rounds < 0.5, "somebody is at work: looked after often"
+        assert store.worker("victim") is not None
         process.send_signal(signal.SIGKILL)
         died = time.monotonic()
+        while store.worker("victim") is not None:
+            assert time.monotonic() - died < 5, "it is still said to live"
+            time.sleep(0.01)
         while store.reap().runs == 0:
             assert time.monotonic() - died < 5, "it was not missed"
             time.sleep(store.rounds)

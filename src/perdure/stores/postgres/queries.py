@@ -91,5 +91,5 @@ def _load() -> dict[str, str]:
     return {name: _FRAGMENT.sub(lambda match: found[match.group(1)], text) for name, text in found.items()}
 
 
-FRAGMENTS: Final = frozenset({"columns", "message", "turn_fence", "turn_state"})
+FRAGMENTS: Final = frozenset({"columns", "disconnected", "message", "turn_fence", "turn_state"})
 _TEXTS: Final = _load()

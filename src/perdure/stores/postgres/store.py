@@ -514,10 +514,8 @@ class PostgresStore:
         ]
 
     def worker(self, incarnation: str) -> str | None:
-        for _, name, _, _, ttl, beat_at, dead in self._ask("worker", incarnation=incarnation):
-            if not dead and self._clock() <= beat_at + ttl:
-                return str(name)
-        return None
+        found = self._ask("worker", incarnation=incarnation, now=self._clock())
+        return str(found[0][0]) if found else None
 
     # --- waiting ---
 

@@ -27,11 +27,19 @@ UPDATE perdure.workers AS worker SET dead = 2
 WHERE worker.dead = 1 AND worker.dead_at < $now::int8 - 3600000000
     AND NOT EXISTS (SELECT 1 FROM perdure.runs AS run WHERE run.owner = worker.incarnation);
 
+-- name: disconnected
+-- A fragment: whether a worker's connection is not there any more. One that we may not see has hidden columns, which is
+-- not the same as being gone. A server that started after a connection did has ended it, and no worker.
+worker.backend IS NOT NULL AND worker.backend_start >= pg_postmaster_start_time()
+    AND NOT EXISTS (
+        SELECT 1 FROM pg_stat_get_activity(worker.backend) AS session
+        WHERE session.backend_start IS NULL OR session.backend_start = worker.backend_start
+    )
+
 -- name: patrol
 -- What a round has to look after: whether a lease ran out or a dead worker still owns runs; when the next run is out of
 -- time, and whether one has killed its workers; whether others are at work; and which living incarnations' connections
--- are not there any more, with their last beats. A connection that we may not see has hidden columns, which is not the
--- same as being gone. A server that started after a connection did has ended it, and no worker.
+-- are not there any more, with their last beats.
 SELECT
     EXISTS (
         SELECT 1 FROM perdure.workers AS worker WHERE worker.dead = 0 AND worker.beat_at + worker.ttl < $now::int8
@@ -56,22 +64,20 @@ SELECT
     coalesce(array_agg(gone.backend), '{}')
 FROM (
     SELECT worker.incarnation, worker.beat_at, worker.backend FROM perdure.workers AS worker
-    WHERE worker.dead = 0 AND worker.backend IS NOT NULL AND worker.backend_start >= pg_postmaster_start_time()
-        AND NOT EXISTS (
-            SELECT 1 FROM pg_stat_get_activity(worker.backend) AS session
-            WHERE session.backend_start IS NULL OR session.backend_start = worker.backend_start
-        )
+    WHERE worker.dead = 0 AND /* disconnected */
 ) AS gone;
 
 -- name: worker
--- One incarnation, also a dead one.
-SELECT incarnation, name, namespace, serves, ttl, beat_at, dead FROM perdure.workers
-WHERE incarnation = $incarnation::text;
+-- The name of an incarnation, if it lives as far as can be seen.
+SELECT worker.name FROM perdure.workers AS worker
+WHERE worker.incarnation = $incarnation::text AND worker.dead = 0 AND $now::int8 <= worker.beat_at + worker.ttl
+    AND NOT (/* disconnected */);
 
 -- name: serving
 -- What the living workers of a namespace serve, and the queues from which they take.
-SELECT serves, queues FROM perdure.workers
-WHERE dead = 0 AND namespace = $namespace::text AND $now::int8 <= beat_at + ttl;
+SELECT worker.serves, worker.queues FROM perdure.workers AS worker
+WHERE worker.dead = 0 AND worker.namespace = $namespace::text AND $now::int8 <= worker.beat_at + worker.ttl
+    AND NOT (/* disconnected */);
 
 -- name: announce
 -- Keep an incarnation's row; announcing again replaces it, unless it is dead.
