@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -164,6 +165,7 @@ class Core:
         self.committer: Committer | None = None
         self.thread: CommitterThread | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
+        self.pid = 0  # of the process in which it was opened
         self.readers: ThreadPoolExecutor | None = None
         self.announced: dict[str, Announced] = {}
         self.asked_at = 0.0
@@ -189,6 +191,7 @@ class Core:
                     "other threads, or make a client for this loop."
                 )
             self.loop = loop
+            self.pid = os.getpid()
             self.opening = loop.create_task(self._open())
         if not self.opened:
             assert self.opening is not None
@@ -637,7 +640,7 @@ class Client:
         core = self._core
         if not 1 <= limit <= 1000:
             raise ValueError(f"limit={limit} is not a page. A page has 1 to 1,000 runs. Use the cursor for more.")
-        if cursor is not None and not cursor.isdigit():
+        if cursor is not None and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 19):
             raise ValueError(f"cursor={cursor!r} is none of ours. Pass the .cursor of the page before.")
         query = Query(
             namespace=core.namespace,

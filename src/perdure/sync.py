@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
@@ -103,9 +104,9 @@ class _Callers:
 class _Loop:
     """Where the async twin lives: somebody else's running loop, or one in a thread of ours."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop | None = None, *, pid: int = 0) -> None:
         self._loop = loop
-        self._pid = os.getpid()
+        self._pid = pid
         self._thread: threading.Thread | None = None
         self.over = False
         self._lock = threading.Lock()
@@ -114,6 +115,7 @@ class _Loop:
         """Run the coroutine there and wait for it here. connection: what it writes is written here, on this one."""
         try:
             loop = self._running()
+            inside.refuse_in_body(getattr(loop, "_thread_id", None))
         except RuntimeError:
             coroutine.close()
             raise
@@ -142,6 +144,10 @@ class _Loop:
         except KeyboardInterrupt:
             future.cancel()
             raise
+
+    def soon(self, callback: Any) -> None:
+        """Have the loop call something, and do not wait for it."""
+        self._running().call_soon_threadsafe(callback)
 
     def _running(self) -> asyncio.AbstractEventLoop:
         if self._loop is not None and self._pid != os.getpid():
@@ -244,17 +250,31 @@ class Engine(Client):
 
 
 class Worker:
-    """As `perdure.Worker`, without `await`: `run()` blocks until `stop()` is called from another thread."""
+    """As `perdure.Worker`, without `await`: `run()` blocks until SIGTERM, or until another thread calls `stop()`."""
 
     def __init__(self, store: Any = None, **options: Any) -> None:
         self._loop = _Loop()
         self._async = AsyncWorker(store, **options)
 
     def run(self) -> None:
-        """As `Worker.run`."""
+        """As `Worker.run`. Signals reach the main thread only: in another, `stop()` is the only end."""
+        before: dict[int, Any] = {}
+
+        def asked(number: int, frame: Any) -> None:
+            # A second signal ends the process at once.
+            restore()
+            self._loop.soon(self._async._ask_to_stop)
+
+        def restore() -> None:
+            while before:
+                signal.signal(*before.popitem())
+
+        if threading.current_thread() is threading.main_thread():
+            before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self._loop.wait(self._async.run())
         finally:
+            restore()
             self._loop.stop()
 
     def stop(self, grace: float = GRACE) -> None:
@@ -331,5 +351,5 @@ def face_of(twin: AsyncClient) -> Client:
             "Enter the client first, or use perdure.sync."
         )
     kind = Engine if isinstance(twin, AsyncEngine) else Client
-    face: Client = kind._over(twin, _Loop(loop))
+    face: Client = kind._over(twin, _Loop(loop, pid=twin._core.pid))
     return face

@@ -340,3 +340,37 @@ async def test_what_a_step_that_was_given_up_raises_at_last_costs_nobody_anythin
         handles = [await e.start(flow, *args) for flow, args in ((gives_up, ()), (adds, (1,))) for _ in range(5)]
         assert [await handle.result(timeout=30) for handle in handles] == ["given up"] * 5 + [3] * 5
     assert "Traceback" not in caplog.text
+
+
+# --- what is no `Exception`
+
+
+class Strange(BaseException):
+    pass
+
+
+async def strange_at_once() -> None:
+    raise Strange("at once")
+
+
+async def strange_later() -> None:
+    await asyncio.sleep(0)
+    raise Strange("later")
+
+
+@workflow
+async def meets_strange_errors(ctx: Context) -> list[str]:
+    once = ctx.step.options(retry=Retry(max_attempts=1))
+    found = await asyncio.gather(
+        once.run("first", strange_at_once),
+        once.run("second", strange_later),
+        ctx.step.run("third", asyncio.sleep, 0, "fine"),
+        return_exceptions=True,
+    )
+    return [str(getattr(one, "type", one)).rpartition(".")[2] for one in found]
+
+
+async def test_an_async_step_that_raises_what_is_no_exception_has_failed_and_harms_no_other(tmp_path: Path) -> None:
+    async with engine(tmp_path, meets_strange_errors) as here:
+        run = await here.start(meets_strange_errors)
+        assert await run.result(timeout=60) == ["Strange", "Strange", "fine"]

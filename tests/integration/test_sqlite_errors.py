@@ -58,6 +58,22 @@ def nobody() -> Iterator[None]:
 # --- what is there already
 
 
+def test_a_step_that_takes_the_gate_before_a_writer_that_has_asked_is_waited_for(
+    store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def patience(self: Any) -> float:
+        asked.append(self)
+        return 0.0 if len(asked) == 1 else 30.0
+
+    monkeypatch.setattr(type(store._steps), "patience", property(patience))
+    gate = store._place.gate
+    assert gate.enter(time.monotonic())
+    threading.Timer(0.5, gate.leave).start()
+    assert [type(verdict) for verdict in store.write(Batch(starts=[start("late")]))] == [Begun]
+
+
 def test_a_table_that_is_gone_is_named(store: SQLiteStore, path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.execute("DROP TABLE perdure_mail")

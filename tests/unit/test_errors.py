@@ -70,6 +70,7 @@ def test_every_error_says_what_why_and_what_to_do(error: BaseException) -> None:
     sentences = str(error).replace("?", ".").count(". ") + 1
     assert sentences >= 3 or ": " in str(error)
     assert str(error)[-1] in ".?"
+    assert "self." not in str(error), "a text shows how it is made"
 
 
 def test_every_error_is_in_the_tree_drawn_at_the_top() -> None:

@@ -227,6 +227,56 @@ def test_a_pending_local_step_that_left_no_record_may_disappear() -> None:
     assert again.events[-1] == ev.Ended(status="completed")
 
 
+async def waits_and_starts(ctx: Any) -> Any:
+    await ctx.step.run("a", work)
+    await ctx.step.wait_signal("go")
+    await ctx.step.emit_workflow("k", "child")
+    await ctx.step.wait_signal("more")
+
+
+async def ends_early(ctx: Any) -> Any:
+    return await ctx.step.run("a", work)
+
+
+async def waits_for_another(ctx: Any) -> Any:
+    await ctx.step.run("a", work)
+    await ctx.step.wait_signal("go", name="other")
+
+
+async def starts_another(ctx: Any) -> Any:
+    await ctx.step.run("a", work)
+    await ctx.step.wait_signal("go")
+    await ctx.step.emit_workflow("k", "another")
+
+
+async def raises_late(ctx: Any) -> Any:
+    await ctx.step.run("a", work)
+    await ctx.step.wait_signal("go")
+    await ctx.step.emit_workflow("k", "child")
+    raise ValueError("late")
+
+
+@pytest.mark.parametrize(
+    ("changed", "number", "recorded", "asked"),
+    [
+        (ends_early, 3, 'wait "go"', "the run's end (completed)"),
+        (waits_for_another, 3, 'wait "go"', 'wait "go" for signal "other"'),
+        (starts_another, 6, 'child workflow "k"', 'child workflow "k" (another)'),
+        (raises_late, 7, 'wait "more"', "the run's end (failed)"),
+    ],
+)
+def test_the_report_names_the_recorded_command_itself(
+    changed: Callable[..., Any], number: int, recorded: str, asked: str
+) -> None:
+    difference = Run(waits_and_starts).value("a").signal("go", "1").again(changed).play.difference
+    assert difference is not None
+    assert difference.number == number
+    assert difference.recorded.startswith(recorded)
+    assert difference.asked.startswith(asked)
+    assert "test_line.py:" in difference.recorded_site
+    assert "test_line.py:" in difference.asked_site
+
+
 def test_a_recorded_command_that_is_not_issued_again_is_a_difference_also_where_the_code_ends() -> None:
     async def sleeps(ctx: Any) -> Any:
         await ctx.step.sleep("s", 5)

@@ -78,6 +78,14 @@ def test_who_decides_whether_to_try_again(retry: Retry, error: BaseException, de
     assert decide(retry, error, 1, 0.5) == (None if delay is None else timedelta(seconds=delay))
 
 
+def test_an_async_retry_if_is_refused() -> None:
+    async def wanted(error: Exception) -> bool:
+        return False
+
+    with pytest.raises(TypeError, match="async"):
+        Retry(retry_if=wanted)
+
+
 def test_a_retry_if_that_raises_ends_the_trying_and_is_shown() -> None:
     def broken(error: Exception) -> bool:
         return bool(1 / 0)

@@ -7,10 +7,20 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import click
 
-from perdure.cli.words import say, tell
+from perdure.cli.words import Wrong, say, tell
+
+
+def _tape(path: Path) -> Any:
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+        given["seed"], given["tape"]
+    except (ValueError, TypeError, KeyError):
+        raise Wrong(f"{path} is no tape. A tape is what a failing universe prints: seed, why and tape.") from None
+    return given
 
 
 @click.command()
@@ -27,7 +37,7 @@ def command(seed: int, universes: int, tape: Path | None, trace: bool, shrink: b
     from perdure.testing import sim
 
     sometimes: Counter[str] = Counter()
-    given = json.loads(tape.read_text(encoding="utf-8")) if tape is not None else None
+    given = None if tape is None else _tape(tape)
     first = given["seed"] if given is not None else seed
     began = time.perf_counter()
     for number in range(first, first + universes):

@@ -32,7 +32,7 @@ _SECONDS = Seconds(min=0)
 )
 @click.option("--queue", metavar="NAME", help="Instead of the workflow's own.")
 @click.option("--delay", type=_SECONDS, metavar="SECONDS", help="Start that much later.")
-@click.option("--timeout", type=_SECONDS, metavar="SECONDS", help="The longest the run may take.")
+@click.option("--timeout", type=Seconds(min=0, min_open=True), metavar="SECONDS", help="The longest the run may take.")
 @common
 def command(
     where: Where,

@@ -306,7 +306,7 @@ class RunTimedOut(RunEnded):
     def _text(self) -> str:
         return (
             f"Run {quoted(self.run_id)} was ended by its timeout. It had not finished in the time given at its start. "
-            "Give it a longer timeout=, and see `perdure history {quote(self.run_id)}` for where the time went."
+            f"Give it a longer timeout=, and see `perdure history {quote(self.run_id)}` for where the time went."
         )
 
 

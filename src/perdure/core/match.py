@@ -153,7 +153,9 @@ class Line:
     _timer_count = 0
     _ordinal = 0
     _ends = 0
-    _number = 0
+    _number = 0  # of the input, in replay
+    _behind = 0  # commands recorded behind it
+    _found = 0  # number of the command that was found last
     _latest: Op | None = None
 
     def __init__(self, run_id: str) -> None:
@@ -174,6 +176,7 @@ class Line:
             self.now = at
         self._number = number
         self.last_input = last
+        self._behind = len(expected)
         if expected:
             self.expected = {_tag(c): (number + i, c) for i, c in enumerate(expected, start=1)}
 
@@ -201,7 +204,10 @@ class Line:
         """End an input: in replay, everything recorded behind it must have been issued again."""
         if self.expected and self.difference is None:
             number, command = next(iter(self.expected.values()))
-            self.differ(number, command, self._latest)
+            if self.status:
+                self.differ(number, command, None, text=f"the run's end ({self.status})", site=self.end_site)
+            else:
+                self.differ(number, command, self._latest)
 
     # --- the code's side: operations -----------------------------------------------------------------
 
@@ -310,9 +316,11 @@ class Line:
     def differ(self, number: int, event: ev.Event | None, asked: Op | None, *, text: str = "", site: str = "") -> None:
         """Keep the first difference; the driver stops the code."""
         if self.difference is None:
-            if event is None and self.following is not None:
+            if event is None and self.expected:
+                number, event = next(iter(self.expected.values()))
+            elif event is None and self.following is not None:
                 event = self.following
-                number = self._number + len(self.expected) + 1
+                number = self._number + self._behind + 1
             step = getattr(event, "step", "") or (asked.id if asked is not None else "")
             self.difference = Difference(
                 step=step,
@@ -344,7 +352,10 @@ class Line:
     def _recorded(self, kind: type, op: Op) -> ev.Command | None:
         """The record of this operation's beginning behind the current input, taken out of `expected`."""
         found = self.expected.pop((kind, op.id), None)
-        return found[1] if found is not None else None
+        if found is None:
+            return None
+        self._found, command = found
+        return command
 
     def _pend(self, op: Op) -> None:
         op.state = PENDING
@@ -402,7 +413,7 @@ class Line:
             if recorded is None:
                 return self._defer(op)
             if recorded.name != name:
-                return self.differ(self._number, recorded, op)
+                return self.differ(self._found, recorded, op)
             op.due = recorded.deadline
         else:
             op.due = None if op.spec.length is None else self.now + op.spec.length
@@ -448,7 +459,7 @@ class Line:
                     return self._defer(op)
                 return self.differ(self._number, None, op)
             if recorded.name != op.name or getattr(recorded, "awaited", True) != op.awaited:
-                return self.differ(self._number, recorded, op)
+                return self.differ(self._found, recorded, op)
             if op.digest != recorded.digest:
                 self._digest_differs(op)
             op.run = recorded.run

@@ -6,6 +6,7 @@ arithmetic on them is in integers: a float cannot hold microseconds beyond the y
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -61,6 +62,11 @@ class Retry:
         if retry_if is not None and not callable(retry_if):
             raise TypeError(
                 f"Retry(retry_if=) must be a function. {retry_if!r} cannot be called. "
+                "Give one that takes the error and returns whether to try again."
+            )
+        if inspect.iscoroutinefunction(retry_if):
+            raise TypeError(
+                f"Retry(retry_if=) must be a plain function. {retry_if!r} is async and would not be awaited. "
                 "Give one that takes the error and returns whether to try again."
             )
         keep(self, "retry_if", retry_if)

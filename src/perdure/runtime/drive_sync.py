@@ -17,6 +17,7 @@ from typing import Any
 
 from perdure.core.errors import Cancelled, Evicted, Suspended, Unwinding
 from perdure.core.match import LOCAL, Line, Op
+from perdure.runtime.inside import body
 
 log = logging.getLogger("perdure.runtime")
 
@@ -122,6 +123,7 @@ class SyncDriver:
         self._thread: _BodyThread | None = None
         self._job: Callable[[], None] = self._main
         self._inside = 0
+        self._waits = 0  # the thread that waits while the body runs
         self._ready: Callable[[], bool] | None = None
         self._ops: Sequence[Op] = ()
         self._own: Op | None = None
@@ -144,6 +146,7 @@ class SyncDriver:
         """Let the body go on until it rests: it waits, and is not to be cancelled. Whether it is over."""
         if self._over or self.suspended:
             return self._over
+        self._waits = threading.get_ident()
         if not self._started:
             if self._body is None:
                 return False
@@ -245,7 +248,7 @@ class SyncDriver:
                 raise self.stopped
             else:
                 break
-        self._inside = threading.get_ident()
+        self._enter()
         self._ready = None
         self._ops = ()
         self._own = None
@@ -253,12 +256,17 @@ class SyncDriver:
             self._cancel = False
             raise Cancelled(self.line.cancel_reason)
 
+    def _enter(self) -> None:
+        self._inside = threading.get_ident()
+        body.waited_for_by = self._waits
+
     def _rest(self) -> None:
         self._inside = 0
+        body.waited_for_by = 0
         self._to_driver.release()
 
     def _main(self) -> None:
-        self._inside = threading.get_ident()
+        self._enter()
         value: Any = None
         error: BaseException | None = None
         assert self._body is not None
@@ -267,6 +275,7 @@ class SyncDriver:
         except BaseException as caught:
             error = caught
         if self.stopped is not None:
+            body.waited_for_by = 0
             if not isinstance(error, Unwinding):
                 where = traceback.extract_tb(error.__traceback__)[-1:] if error is not None else []
                 log.warning(

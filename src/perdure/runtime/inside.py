@@ -7,8 +7,11 @@ it. So such a call is refused at once.
 from __future__ import annotations
 
 import threading
+from asyncio.events import _get_running_loop
 from contextvars import ContextVar
 from typing import Any, Final
+
+from perdure.runtime.loop import RunLoop
 
 step: Final[ContextVar[str]] = ContextVar("perdure_transaction", default="")
 """The id of the transaction step whose function is running."""
@@ -19,6 +22,28 @@ class _Shown(threading.local):
 
 
 _shown: Final = _Shown()
+
+
+class _Body(threading.local):
+    waited_for_by = 0
+
+
+body: Final = _Body()
+"""Of this thread: `waited_for_by` is the thread that waits for the `def` workflow whose code runs here, or 0."""
+
+
+def refuse_in_body(thread: int | None) -> None:
+    """Raise if a workflow's own code is about to wait for a thread, its worker's loop, that waits for it.
+
+    thread: that of the loop; None if it does not tell.
+    """
+    waiting = threading.get_ident() if type(_get_running_loop()) is RunLoop else body.waited_for_by
+    if waiting and thread in (None, waiting):
+        raise RuntimeError(
+            "A blocking call of an engine was made in the code of a workflow that it executes. It would wait for a "
+            "loop that waits for it, and a replay would do it again. Start children with ctx.step.run_workflow, and "
+            "do all else in a step: ctx.step.run(id, function)."
+        )
 
 
 def note(connection: Any) -> None:

@@ -182,7 +182,9 @@ class Play:
             self._start(event)
             driver = self.driver
         else:
-            if line.timers and not self._fire_all():
+            # What a transaction step has done was recorded without looking at timers that came due while it was open.
+            first = type(event) is ev.StepCompleted and event.op == "transaction"
+            if line.timers and not first and not self._fire_all():
                 return
             # A second request does not interrupt the cleanup that the first one began.
             first_request = type(event) is ev.CancelRequested and not line.cancel_requested

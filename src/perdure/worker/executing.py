@@ -182,9 +182,14 @@ class Executor:
                 coroutine, wanted = context.run(_begun, execution)
             except StopIteration as stop:
                 self._end(execution, stop.value, None)
-            except (Exception, asyncio.CancelledError, SystemExit) as error:
+            except BaseException as error:
                 # `sys.exit()` is the step's failure, not the end of the worker, as asyncio would have it.
                 self._end(execution, None, error)
+                if isinstance(error, KeyboardInterrupt):
+                    # Perhaps of the process: that is not ours to keep.
+                    if jobs and not self._runner_due:
+                        self._more_runners()
+                    raise
             else:
                 await self._rest(execution, _resting(coroutine, wanted, context))
 
@@ -199,13 +204,17 @@ class Executor:
         error: BaseException | None = None
         try:
             value = await resting
-        except (Exception, asyncio.CancelledError, SystemExit) as caught:
+        except GeneratorExit:
+            raise  # nobody is left to be told: the loop is gone
+        except BaseException as caught:
             error = caught
         finally:
             execution.task = None
             self._tasks.discard(task)
         self._end(execution, value, error)
-        if isinstance(error, asyncio.CancelledError) and not execution.abandoned:
+        if isinstance(error, KeyboardInterrupt) or (
+            isinstance(error, asyncio.CancelledError) and not execution.abandoned
+        ):
             # Not by us: whoever cancels every task of the loop means this one too.
             raise error
         if hasattr(task, "uncancel"):

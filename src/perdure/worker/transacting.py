@@ -329,7 +329,7 @@ class Attempt:
     def _event(self, raw: bytes) -> ev.StepCompleted:
         op = self.op
         return ev.StepCompleted(
-            at=self.at,
+            at=max(self.resident.shift.now(), self.at),
             step=op.id,
             ordinal=op.ordinal,
             op=op.kind,

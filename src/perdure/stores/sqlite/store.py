@@ -499,10 +499,14 @@ class SQLiteStore:
             migrations.migrate(db, self.url, self._clock())
 
     @contextmanager
-    def _gate(self, patience: float) -> Iterator[None]:
+    def _gate(self, patience: float, *, behind_steps: bool = False) -> Iterator[None]:
         gate = self._place.gate
         try:
             entered = gate.enter(time.monotonic() + patience)
+            if not entered and behind_steps and (more := self._steps.patience):
+                # A step of this process came first, after it was asked how long that may take.
+                patience += more
+                entered = gate.enter(time.monotonic() + more)
         except OSError as error:
             raise StoreUnavailable(
                 f"The store {self.url} cannot be written. Beside it {gate.path} cannot be used: {error.strerror}. "
@@ -520,7 +524,7 @@ class SQLiteStore:
     def _passage(self, patience: float) -> Iterator[None]:
         """The way of every writer: through the gate, to a file that is still there."""
         self._check_open()
-        with self._gate(patience):
+        with self._gate(patience, behind_steps=patience > 0):
             if not self._place.is_there():
                 raise StoreUnavailable(
                     f"The store {self.url} is not where it was: its file was moved, removed or replaced. Nothing was "

@@ -49,6 +49,7 @@ class Guard:
         self.url = url
         self.lock = threading.RLock()  # held while a statement runs: nobody rolls back meanwhile
         self.step: StepTransaction | None = None
+        self.denied = ""
 
     @property
     def open(self) -> bool:
@@ -77,7 +78,10 @@ class Guard:
     # Told by SQLite, when it compiles a statement and while it runs one.
 
     def may(self, action: int, *facts: Any) -> int:
-        return sqlite3.SQLITE_DENY if action == TRANSACTION and self.open else sqlite3.SQLITE_OK
+        if action == TRANSACTION and self.open:
+            self.denied = str(facts[0])
+            return sqlite3.SQLITE_DENY
+        return sqlite3.SQLITE_OK
 
     def goes_on(self) -> int:
         return 0 if self.step is None or self.step.open or self.step.ending else 1
@@ -169,8 +173,12 @@ class _Checked:
             guard.lock.release()
             raise
 
-    def __exit__(self, *error: object) -> None:
-        self._db._guard.lock.release()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        guard = self._db._guard
+        denied, guard.denied = guard.denied, ""
+        guard.lock.release()
+        if denied and isinstance(error, sqlite3.DatabaseError):
+            raise RuntimeError(OWN_END.format(denied)) from error
 
 
 class StepTransaction:

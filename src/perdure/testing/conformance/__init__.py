@@ -3,7 +3,8 @@
     class TestMyStore(StoreConformance):
         @pytest.fixture
         def store(self, clock: Clock, tmp_path: Path) -> Iterator[Store]:
-            self.open = lambda: MyStore(tmp_path / "runs", clock=clock)
+            self.path = tmp_path / "runs"
+            self.open = lambda: MyStore(self.path, clock=clock)
             store = self.open()
             yield store
             store.close()
@@ -13,7 +14,7 @@
             return self.open()
 
         def connect(self, store: Store) -> Any:  # only for a store with transactions: a caller's own connection
-            return sqlite3.connect(tmp_path / "runs")
+            return sqlite3.connect(self.path)
 
 Each test's name is a promise of `perdure.stores.contract`; its story is told with the helpers of `story.py`.
 The clock is the test's own and stands still unless told: no test sleeps.
