@@ -8,6 +8,7 @@ import inspect
 import pickle
 import sys
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -71,6 +72,15 @@ def test_every_error_says_what_why_and_what_to_do(error: BaseException) -> None:
     assert sentences >= 3 or ": " in str(error)
     assert str(error)[-1] in ".?"
     assert "self." not in str(error), "a text shows how it is made"
+
+
+def test_a_quarantined_run_is_not_said_to_have_raised() -> None:
+    cause = RecordedError(type="Quarantined", message="It killed its worker 3 times, the last time executed alone.")
+    text = str(RunFailed("o 1", info=SimpleNamespace(status="quarantined"), cause=cause))
+    assert text == (
+        'Run "o 1" is quarantined. It killed its worker 3 times, the last time executed alone. Mend its code, then end '
+        "it with `perdure terminate 'o 1'` and start a new run."
+    )
 
 
 def test_every_error_is_in_the_tree_drawn_at_the_top() -> None:

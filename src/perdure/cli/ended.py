@@ -10,6 +10,7 @@ from perdure.cli.options import Where
 from perdure.cli.words import json_text, say
 from perdure.client import RunHandle
 from perdure.core.errors import PerdureError
+from perdure.core.status import Status
 
 
 @asynccontextmanager
@@ -18,6 +19,6 @@ async def told(where: Where, handle: RunHandle[object]) -> AsyncIterator[None]:
     try:
         yield
     except PerdureError:
-        if where.json and (info := await handle.info()).status.ended:
+        if where.json and ((info := await handle.info()).status.ended or info.status == Status.QUARANTINED):
             say(json_text(fields_of(info)))
         raise

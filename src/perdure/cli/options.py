@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 from urllib.parse import unquote
 
 import click
@@ -24,6 +24,8 @@ from perdure.core.retry import duration
 from perdure.stores.opening import DEFAULT, VARIABLE
 
 T = TypeVar("T")
+_COMMAND: Final = re.compile(r"""`(perdure (?:[^`'"]|'[^']*'|"[^"]*")+)`""")
+"""One in a sentence; what is quoted in it may hold anything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +60,7 @@ class Where:
 
     def typed(self, text: str) -> str:
         """The text with its commands as they are to be typed for this store and namespace."""
-        return re.sub(r"`(perdure [^`]+)`", lambda found: f"`{found[1]}{self.same()}`", text)
+        return _COMMAND.sub(lambda found: f"`{found[1]}{self.same()}`", text)
 
 
 def common(function: Callable[..., Any]) -> Callable[..., Any]:

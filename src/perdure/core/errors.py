@@ -268,9 +268,14 @@ class RunEnded(PerdureError):
 
 
 class RunFailed(RunEnded):
-    """An exception left the workflow function."""
+    """An exception left the workflow function; or the run has killed its workers: its `.info.status` is quarantined."""
 
     def _text(self) -> str:
+        if getattr(self.info, "status", "") == "quarantined" and self.cause is not None:
+            return (
+                f"Run {quoted(self.run_id)} is quarantined. {self.cause.message} Mend its code, then end it with "
+                f"`perdure terminate {quote(self.run_id)}` and start a new run."
+            )
         why = "No error was recorded."
         if self.cause is not None:
             why = f"Its code raised {_shown(self.cause.type, self.cause.message)}"
