@@ -549,6 +549,16 @@ def test_a_killed_worker_is_missed_within_a_second(opened: Open, database: serve
     assert time.monotonic() - died < 2.0
 
 
+def test_a_worker_of_whose_connection_nothing_is_known_is_not_said_to_be_dead(
+    opened: Open, database: servers.Database, schema: str
+) -> None:
+    store = opened()
+    announce(store, "unseen")
+    with psycopg.connect(database.url) as db:
+        db.execute(f"UPDATE {schema}.workers SET backend = 1, backend_start = NULL".encode())
+    assert store.worker("unseen") is not None
+
+
 class StopsInAClaim(PostgresStore):
     """Of a process that is stopped when it has taken runs and not yet committed that."""
 

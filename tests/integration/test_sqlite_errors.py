@@ -25,7 +25,7 @@ from perdure.core.errors import (
     StoreUnavailable,
 )
 from perdure.core.turn import Batch, Begun, Committed, Fenced, Kept, Send, Unstorable
-from perdure.stores.sqlite import SQLiteStore, connections, gate, writing
+from perdure.stores.sqlite import SQLiteStore, connections, errors, gate, writing
 from tests.integration.sqlite_story import announced, claiming, first_turn, start, started, taking
 
 
@@ -56,6 +56,11 @@ def nobody() -> Iterator[None]:
 
 
 # --- what is there already
+
+
+def test_only_a_table_or_a_column_can_have_been_lost() -> None:
+    said = errors.translate(sqlite3.OperationalError("no such function: json_each"), "sqlite:///x.db")
+    assert type(said) is StoreError
 
 
 def test_a_step_that_takes_the_gate_before_a_writer_that_has_asked_is_waited_for(

@@ -28,8 +28,8 @@ WHERE worker.dead = 1 AND worker.dead_at < $now::int8 - 3600000000
     AND NOT EXISTS (SELECT 1 FROM perdure.runs AS run WHERE run.owner = worker.incarnation);
 
 -- name: disconnected
--- A fragment: whether a worker's connection is not there any more. One that we may not see has hidden columns, which is
--- not the same as being gone. A server that started after a connection did has ended it, and no worker.
+-- A fragment: whether a worker's connection is not there any more; NULL if nothing is known of it. One that we may not
+-- see has hidden columns, which is not the same as being gone. A server that started after a connection did has ended it, and no worker.
 worker.backend IS NOT NULL AND worker.backend_start >= pg_postmaster_start_time()
     AND NOT EXISTS (
         SELECT 1 FROM pg_stat_get_activity(worker.backend) AS session
@@ -71,13 +71,13 @@ FROM (
 -- The name of an incarnation, if it lives as far as can be seen.
 SELECT worker.name FROM perdure.workers AS worker
 WHERE worker.incarnation = $incarnation::text AND worker.dead = 0 AND $now::int8 <= worker.beat_at + worker.ttl
-    AND NOT (/* disconnected */);
+    AND (/* disconnected */) IS NOT TRUE;
 
 -- name: serving
 -- What the living workers of a namespace serve, and the queues from which they take.
 SELECT worker.serves, worker.queues FROM perdure.workers AS worker
 WHERE worker.dead = 0 AND worker.namespace = $namespace::text AND $now::int8 <= worker.beat_at + worker.ttl
-    AND NOT (/* disconnected */);
+    AND (/* disconnected */) IS NOT TRUE;
 
 -- name: announce
 -- Keep an incarnation's row; announcing again replaces it, unless it is dead.

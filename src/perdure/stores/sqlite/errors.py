@@ -91,7 +91,7 @@ def code(error: BaseException) -> int:
 def translate(error: Exception, url: str) -> StoreError:
     """Our error for the driver's."""
     found = code(error)
-    if found == 1 and str(error).startswith("no such "):
+    if found == 1 and str(error).startswith(("no such table: ", "no such column: ", "no such index: ")):
         # Only its words tell this from other mistakes in a statement.
         return NotAStore(
             f"The store {url} lacks what Perdure has made in it ({error}). Something else has changed the file. See "
