@@ -6,10 +6,12 @@ import json
 import os
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -248,6 +250,15 @@ def test_a_run_that_has_ended_before_is_shown_once_as_it_is(shell: Shell) -> Non
     assert said.err == "run g of workflow greet has ended before: it is completed\n  = greeting: done\n"
 
 
+def test_what_a_run_waited_for_when_it_was_ended_is_not_shown_as_if_it_waited(shell: Shell) -> None:
+    line = ["run", "flows.py:order", "--id", "o-1", "--input", '{"id": "o", "cents": 42}']
+    assert shell.do(*line, "--timeout", "0.2").code == 5
+    assert shell.ask("terminate", "o-1").code == 0
+    said = shell.do(*line)
+    assert said.code == 1
+    assert "  = approval: ended with its run\n" in said.err
+
+
 KIDS = """
 from perdure import Context, Retry, workflow
 
@@ -355,7 +366,6 @@ def test_a_blocked_run_shows_its_report_and_goes_on_when_the_code_is_put_right(s
         (["flows.py:order", "--input", '{"id": "o"}'], "does not fit"),
         (["flows.py:greet", "--input", '"x"', "--id", "a\n"], "not printable"),
         (["flows.py"], "MODULE:WORKFLOW"),
-        (["flows.py:nothing"], "It has: greet, order"),
         (["nowhere.py:greet"], "There is no file nowhere.py"),
         (["nowhere:greet"], "ModuleNotFoundError: No module named 'nowhere'"),
         (["broken.py:greet"], "SyntaxError"),
@@ -373,6 +383,12 @@ def test_wrong_input_is_exit_2_in_a_sentence(shell: Shell, arguments: list[str],
     assert said.out == ""
     store = shell.ask("list")
     assert store.code == 4 or "No runs." in store.err
+
+
+def test_a_workflow_that_is_not_there_is_exit_3(shell: Shell) -> None:
+    said = shell.do("run", "flows.py:nothing")
+    assert (said.code, "It has: greet, order" in said.err) == (3, True), said.err
+    assert not list(shell.folder.glob("*.db*"))
 
 
 @pytest.mark.parametrize("seconds", ["nan", "inf", "1e300", "-1"])
@@ -406,10 +422,17 @@ def test_readers_create_no_store(shell: Shell, arguments: list[str]) -> None:
 
 
 def test_a_store_url_that_names_none_is_exit_2(shell: Shell) -> None:
-    for url in ("", "orders.db", "mysql://x", "sqlite://", "sqlite:///no/folder/o.db", "sqlite:///o.db?color=red"):
+    for url in ("", "orders.db", "mysql://x", "sqlite://", "sqlite:///o.db?color=red"):
         said = shell.ask("list", "--store", url)
         assert said.code == 2, (url, said.err)
         assert "create=false" not in said.err
+
+
+@pytest.mark.parametrize("command", [["list"], ["start", "greet"], ["db", "status"], ["db", "upgrade"]])
+def test_a_store_in_a_folder_that_is_not_there_is_exit_4(shell: Shell, command: list[str]) -> None:
+    said = shell.ask(*command, "--store", "sqlite:///no/folder/o.db")
+    assert (said.code, "there is no folder" in said.err) == (4, True), said.err
+    assert "create=false" not in said.err
 
 
 def test_a_file_that_is_no_store_is_exit_4(shell: Shell) -> None:
@@ -664,6 +687,21 @@ def test_commands_in_sentences_are_as_they_are_to_be_typed(shell: Shell) -> None
     why = shell.ask("why", "my `order", "--store", store).out
     proposed = why.partition("`perdure ")[2].rpartition("`")[0]
     assert shell.ask(*shlex.split(proposed)).code == 0
+    failed = shell.do("run", "flows.py:fails", "--id", "-- -x", "--input", '"no"', "--store", store)
+    proposed = failed.err.partition("`")[2].partition("`")[0]
+    assert proposed == f"perdure show --store {shlex.quote(store)} -- '-- -x'"
+    assert shell.ask(*shlex.split(proposed)[1:]).out.startswith("run       -- -x")
+
+
+def test_who_writes_to_a_quarantined_run_is_told_that_nothing_reads_it(shell: Shell) -> None:
+    shell.waiting()
+    with closing(sqlite3.connect(shell.folder / "perdure.db")) as db:
+        db.execute("UPDATE perdure_runs SET status = 'quarantined', wake_at = NULL, owner = NULL, strikes = 3")
+        db.commit()
+    for command in (["cancel", "o-1"], ["signal", "o-1", "approval"]):
+        said = shell.ask(*command)
+        assert said.code == 0
+        assert said.err.endswith("it is quarantined, so nothing of it reads that: `perdure terminate o-1`.\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")

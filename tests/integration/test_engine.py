@@ -185,6 +185,31 @@ async def test_a_quarantined_run_still_has_its_timeout(tmp_path: Path) -> None:
 # --- steps that fail -----------------------------------------------------------------------------------
 
 
+async def test_what_a_run_and_a_step_log_names_them_whatever_their_ids(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def charge() -> None:
+        current_step().log.info("%d cents, 100 %%", 42)
+
+    @workflow
+    async def pays(ctx: Context) -> None:
+        ctx.log.info("%d orders, 100 %%", 1)
+        ctx.log.info("100 %")
+        await ctx.step.run("charge %s", charge)
+
+    caplog.set_level(logging.INFO, logger="perdure")
+    async with engine(tmp_path, pays) as it:
+        await (await it.options(id="p-%d").start(pays)).result(timeout=60)
+    said = [record for record in caplog.records if record.name in ("perdure.run", "perdure.step")]
+    assert [record.getMessage() for record in said] == [
+        "[p-%d] 1 orders, 100 %",
+        "[p-%d] 100 %",
+        "[p-%d charge %s] 42 cents, 100 %",
+    ]
+    assert (said[2].run, said[2].step) == ("p-%d", "charge %s")  # type: ignore[attr-defined]
+    assert {record.filename for record in said} == {Path(__file__).name}
+
+
 async def test_a_run_that_waits_for_its_next_attempt_is_parked_and_survives_a_restart(tmp_path: Path) -> None:
     attempts: list[int] = []
 

@@ -27,6 +27,7 @@ from perdure import (
     workflow,
 )
 from perdure.runtime.context import SyncContext
+from perdure.stores.sqlite.store import SQLiteStore
 from tests.integration.helpers import ask, contents, engine, kinds, status_of, url_of
 
 ROOT = Path(__file__).parents[2]
@@ -149,6 +150,19 @@ async def test_a_start_for_later_survives_its_process(tmp_path: Path) -> None:
         handle = await first.options(delay=0.5).start(echo, 1)
     async with engine(tmp_path, echo) as second:
         assert await second.handle(handle.id).result(timeout=60) == 1
+
+
+async def test_a_workers_own_runs_time_out_without_waiting_for_the_next_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SQLiteStore, "rounds", 3600)
+    async with engine(tmp_path, waiting) as first:
+        claimed = await first.options(delay=0.3, timeout=0.5).start(waiting)
+    async with engine(tmp_path, waiting, lease=3600) as it:
+        started = await it.options(timeout=0.3).start(waiting)
+        for handle in (started, it.handle(claimed.id)):
+            with pytest.raises(RunTimedOut):
+                await handle.result(timeout=60)
 
 
 async def test_a_run_that_takes_too_long_times_out_even_without_a_worker(tmp_path: Path) -> None:

@@ -196,3 +196,76 @@ def test_an_interrupted_collector_leaves_no_thread_marked() -> None:
         if not hasattr(callback, "__code__"):
             callback("stop", {})
     assert not context._collecting
+
+
+def keeps_async(kept: list[Any]) -> Any:
+    async def flow(ctx: Any) -> Any:
+        kept.extend((ctx, ctx.step.start("a", work)))
+
+    return flow
+
+
+def keeps_sync(kept: list[Any]) -> Any:
+    def flow(ctx: Any) -> Any:
+        kept.extend((ctx, ctx.step.start("a", work)))
+
+    return flow
+
+
+def asks_async(ask: Any) -> Any:
+    async def flow(ctx: Any) -> Any:
+        await ctx.step.run("first", work)
+        try:
+            await ask(ctx)
+        except (RuntimeError, ValueError) as error:
+            return str(error)
+
+    return flow
+
+
+def asks_in_a_generator(ask: Any) -> Any:
+    def flow(ctx: Any) -> Any:
+        yield ctx.step.run("first", work)
+        try:
+            yield ask(ctx)
+        except (RuntimeError, ValueError) as error:
+            return str(error)
+
+    return flow
+
+
+def asks_sync(ask: Any) -> Any:
+    def flow(ctx: Any) -> Any:
+        ctx.step.run("first", work)
+        try:
+            ask(ctx)
+        except (RuntimeError, ValueError) as error:
+            return str(error)
+
+    return flow
+
+
+@pytest.mark.parametrize(
+    ("keeps", "asks"), [(keeps_async, asks_async), (keeps_async, asks_in_a_generator), (keeps_sync, asks_sync)]
+)
+def test_what_a_run_left_behind_is_refused_in_the_body_of_another(keeps: Any, asks: Any) -> None:
+    kept: list[Any] = []
+    Run(keeps(kept)).close()
+    old, pending = kept
+    for ask in (lambda ctx: old.step.run("b", work), lambda ctx: old.now(), lambda ctx: pending.result()):
+        other = Run(asks(ask)).value("first")
+        assert "which has ended or left memory, was used in the code of run run-1" in other.result
+    other = Run(asks(lambda ctx: ctx.step.wait([pending]))).value("first")
+    assert "of run run-1. A run waits for what it has started itself." in other.result
+
+
+def test_what_another_run_has_begun_and_still_runs_cannot_be_waited_for() -> None:
+    kept: list[Any] = []
+
+    async def flow(ctx: Any) -> Any:
+        kept.append(ctx.step.start("a", work))
+        await kept[0].result()
+
+    Run(flow)
+    other = Run(asks_async(lambda ctx: ctx.step.wait([kept[0]]))).value("first")
+    assert "A run waits for what it has started itself." in other.result

@@ -172,6 +172,20 @@ def test_several_things() -> None:
     assert said(row("waiting", column=column)).endswith("It waits for 4 more things beside.")
 
 
+@pytest.mark.parametrize("status", ["running", "waiting", "ready", "blocked"])
+def test_a_timeout_of_the_run_is_told_beside_what_it_waits_for(status: str) -> None:
+    ends = {"deadline_at": NOW + 60 * SECOND}
+    last = " Its timeout ends it at 2027-01-15 08:01:00 UTC (in 1 min)."
+    assert said(row(status, **ends)) == said(row(status)) + last
+    ended = row("completed", ended_at=NOW)
+    assert said(row("completed", ended_at=NOW, **ends)) == said(ended)
+
+
+def test_ids_that_look_like_options_stand_behind_all_options() -> None:
+    wait = Wait(kind="signal", step="approval", name="approval", since=NOW)
+    assert said(row("waiting", wait, id="--help me")).endswith("`perdure signal -- '--help me' approval`.")
+
+
 def test_a_cancellation_that_is_ignored() -> None:
     column = waits_text(Waits(waits=[Wait(kind="sleep", step="a", since=NOW, until=NOW + SECOND)], cancel="too late"))
     assert said(row("waiting", column=column)).endswith(
@@ -182,7 +196,8 @@ def test_a_cancellation_that_is_ignored() -> None:
 def test_a_message_that_nobody_reads() -> None:
     wait = Wait(kind="signal", step="approval", name="approval", since=NOW)
     assert said(row("waiting", wait), served=False, mail=1) == (
-        'Run o-1 has 1 unread message, but no worker that serves "order" lives now; start one with `perdure worker`.'
+        'Run o-1 has 1 unread message, but no worker that serves "order" lives now; start one with '
+        "`perdure worker MODULE`."
     )
 
 
@@ -233,14 +248,14 @@ def test_room_in_a_worker() -> None:
 def test_no_living_worker() -> None:
     assert said(row("ready"), served=False) == (
         'Run o-1 waits for a worker since 1 min 30 s: none that serves workflow "order" lives now; '
-        "start one with `perdure worker`."
+        "start one with `perdure worker MODULE`."
     )
 
 
 def test_a_queue_that_nobody_serves() -> None:
     assert said(row("ready", queue="fast"), queues=("slow", "default")) == (
         'Run o-1 waits for a worker since 1 min 30 s: workers that serve "order" live, but none of them takes from '
-        'queue "fast" (they take from "default", "slow"); start one with `perdure worker --queue fast`.'
+        'queue "fast" (they take from "default", "slow"); start one with `perdure worker MODULE --queue fast`.'
     )
 
 
@@ -251,7 +266,7 @@ def test_a_suspect_on_a_queue_that_nobody_serves() -> None:
 def test_mail_for_a_run_on_a_queue_that_nobody_serves() -> None:
     assert said(row("waiting", queue="fast"), mail=1) == (
         'Run o-1 has 1 unread message: workers that serve "order" live, but none of them takes from queue "fast" '
-        '(they take from "default"); start one with `perdure worker --queue fast`.'
+        '(they take from "default"); start one with `perdure worker MODULE --queue fast`.'
     )
 
 
@@ -267,14 +282,14 @@ def test_an_activity_on_a_queue_that_nobody_serves() -> None:
     far = row("ready", id="o-1/far", kind="activity", workflow="resize", queue="gpu")
     assert said(row("waiting", wait), children={"o-1/far": far}, activities=("resize",)) == (
         'Run o-1 waits in "far" for activity "resize" since 0 ms: workers that serve "resize" live, but none of them '
-        'takes from queue "gpu" (they take from "default"); start one with `perdure worker --queue gpu`.'
+        'takes from queue "gpu" (they take from "default"); start one with `perdure worker MODULE --queue gpu`.'
     )
 
 
 def test_a_begun_run_without_a_worker() -> None:
     assert said(row("ready", started_at=NOW - 60 * SECOND), served=False) == (
         'Run o-1, begun 1 min ago, waits for another worker: none that serves workflow "order" lives now; '
-        "start one with `perdure worker`."
+        "start one with `perdure worker MODULE`."
     )
 
 

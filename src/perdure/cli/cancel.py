@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from perdure.cli.fields import fields_of
-from perdure.cli.options import Where, ask, common, usage
+from perdure.cli.options import Where, ask, common, never_read, usage
 from perdure.cli.words import json_text, say, tell
 from perdure.client import Client
 from perdure.info import RunInfo
@@ -30,4 +30,5 @@ def command(where: Where, run: str, reason: str) -> None:
     if where.json:
         say(json_text(fields_of(info)))
     else:
-        tell(f"Run {run} is {info.status}." if info.status.ended else f"Run {run} was asked to cancel.")
+        asked = f"Run {run} was asked to cancel.{never_read(where, info)}"
+        tell(f"Run {run} is {info.status}." if info.status.ended else asked)

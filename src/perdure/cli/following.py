@@ -116,6 +116,8 @@ class Follower:
             ours = (place for place, event in enumerate(events) if (getattr(event, "at", None) or 0) >= self._since)
             before = next(ours, len(events))
             self._steps.take(events[:before])
+            if row.ended_at is not None and row.ended_at < self._since:
+                self._steps.run_ended(moment(row.ended_at))
             for step in self._steps.by_id.values():
                 self._print(f"  = {_words(step)}", "dim")
             del events[:before]
@@ -169,7 +171,7 @@ def _words(step: Step) -> str:
             attempts = f" after {step.attempts} attempts" if step.kind == "step" and step.attempts > 1 else ""
             return f"{step.id}: failed{attempts}: {step.error}"
         case "cancelled":
-            return f"{step.id}: cancelled"
+            return f"{step.id}: {step.error or 'cancelled'}"
     match step.kind:
         case "sleep":
             return f"{step.id}: sleeps until {when(step.until)} UTC"

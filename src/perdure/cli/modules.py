@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from perdure.cli.words import Wrong
+from perdure.cli.words import NoSuch, Wrong
 from perdure.runtime.registry import Activity, Workflow
 
 
@@ -71,7 +71,7 @@ def load_workflow(target: str) -> tuple[ModuleType, Workflow[Any, Any]]:
         return module, value
     if value is not None:
         raise Wrong(f"{wanted} in {name} is no workflow. Decorate it with @workflow, or name another.")
-    raise Wrong(f"{name} has no workflow {wanted}. It has: {', '.join(each.name for each in found)}.")
+    raise NoSuch(f"{name} has no workflow {wanted}. It has: {', '.join(each.name for each in found)}.")
 
 
 def queues_of(module: ModuleType) -> list[str]:

@@ -10,9 +10,7 @@ import shlex
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, TypeVar
-from urllib.parse import unquote
 
 import click
 
@@ -20,12 +18,17 @@ from perdure.cli.command import exit_code
 from perdure.cli.words import Wrong, complain
 from perdure.client import Client
 from perdure.core.errors import NotAStore, PerdureError
+from perdure.core.ids import typed
 from perdure.core.retry import duration
+from perdure.core.status import Status
+from perdure.info import RunInfo
 from perdure.stores.opening import DEFAULT, VARIABLE
 
 T = TypeVar("T")
-_COMMAND: Final = re.compile(r"""`(perdure (?:[^`'"]|'[^']*'|"[^"]*")+)`""")
-"""One in a sentence; what is quoted in it may hold anything."""
+_COMMAND: Final = re.compile(
+    r"""`(?P<words>perdure (?:[^`'"]|'[^']*'|"[^"]*")+?)(?P<last> -- (?:[^`'"]|'[^']*'|"[^"]*")+)?`"""
+)
+"""One in a sentence; what is quoted in it may hold anything. last: what must stay behind all options."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +49,8 @@ class Where:
         """The URL for those who must not create what they read."""
         url = self.url
         path, _, query = url.partition("?")
-        # A URL that names no file, or one in no folder, is better complained about as it was written.
-        if path.startswith("sqlite:///") and path[10:] and Path(unquote(path[10:])).parent.is_dir():
+        # A URL that names no file is better complained about as it was written.
+        if path.startswith("sqlite:///") and path[10:]:
             return f"{path}?{query}&create=false" if query else f"{path}?create=false"
         if path.startswith(("postgresql:", "postgres:")) and "migrate=" not in query:
             return f"{path}?{query}&migrate=check" if query else f"{path}?migrate=check"
@@ -60,7 +63,7 @@ class Where:
 
     def typed(self, text: str) -> str:
         """The text with its commands as they are to be typed for this store and namespace."""
-        return _COMMAND.sub(lambda found: f"`{found[1]}{self.same()}`", text)
+        return _COMMAND.sub(lambda found: f"`{found['words']}{self.same()}{found['last'] or ''}`", text)
 
 
 def common(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,6 +82,13 @@ def common(function: Callable[..., Any]) -> Callable[..., Any]:
             return exit_code(error)
 
     return command
+
+
+def never_read(where: Where, info: RunInfo) -> str:
+    """What else to say to one who has sent a message to this run."""
+    if info.status != Status.QUARANTINED:
+        return ""
+    return where.typed(f" But it is quarantined, so nothing of it reads that: `perdure terminate {typed(info.id)}`.")
 
 
 class Seconds(click.FloatRange):

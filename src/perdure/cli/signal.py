@@ -8,7 +8,7 @@ import click
 
 from perdure.cli.fields import fields_of
 from perdure.cli.inputs import given
-from perdure.cli.options import Where, ask, common, usage
+from perdure.cli.options import Where, ask, common, never_read, usage
 from perdure.cli.words import json_text, say, tell
 from perdure.client import Client
 from perdure.info import RunInfo
@@ -36,4 +36,4 @@ def command(where: Where, run: str, name: str, input: Sequence[str], message_id:
     if where.json:
         say(json_text(fields_of(info)))
     else:
-        tell(f"Run {run} has the signal {name}.")
+        tell(f"Run {run} has the signal {name}.{never_read(where, info)}")

@@ -52,6 +52,12 @@ class Wrong(click.ClickException):
         complain(self.message)
 
 
+class NoSuch(Wrong):
+    """A workflow that is not there."""
+
+    exit_code = 3
+
+
 def json_text(value: Any) -> str:
     """A plain value as one line of JSON that people can read, safe to print."""
     # A control character can only be inside a string, where \u001b is JSON too.

@@ -52,8 +52,9 @@ from asyncio import CancelledError as Cancelled
 from asyncio import TimeoutError as _AsyncioTimeoutError
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
-from shlex import quote
 from typing import Any, Final, TypeVar
+
+from perdure.core.ids import typed
 
 __all__ = [
     "CallFailed",
@@ -199,7 +200,7 @@ class ChildFailed(StepFailed):
         why = _shown(self.type, self.message) if self.type else _sentence(self.message)
         return (
             f"Step {quoted(self.step)} failed: the child run {quoted(self.run_id)} ended as {_plain(self.status)}. "
-            f"{why} See `perdure show {quote(self.run_id)}`, or catch ChildFailed to go on without it."
+            f"{why} See `perdure show {typed(self.run_id)}`, or catch ChildFailed to go on without it."
         )
 
 
@@ -274,14 +275,14 @@ class RunFailed(RunEnded):
         if getattr(self.info, "status", "") == "quarantined" and self.cause is not None:
             return (
                 f"Run {quoted(self.run_id)} is quarantined. {self.cause.message} Mend its code, then end it with "
-                f"`perdure terminate {quote(self.run_id)}` and start a new run."
+                f"`perdure terminate {typed(self.run_id)}` and start a new run."
             )
         why = "No error was recorded."
         if self.cause is not None:
             why = f"Its code raised {_shown(self.cause.type, self.cause.message)}"
         return (
             f"Run {quoted(self.run_id)} failed. {why} "
-            f"`perdure show {quote(self.run_id)}` lists its steps and the traceback; a mended workflow needs a new run."
+            f"`perdure show {typed(self.run_id)}` lists its steps and the traceback; a mended workflow needs a new run."
         )
 
 
@@ -311,7 +312,7 @@ class RunTimedOut(RunEnded):
     def _text(self) -> str:
         return (
             f"Run {quoted(self.run_id)} was ended by its timeout. It had not finished in the time given at its start. "
-            f"Give it a longer timeout=, and see `perdure history {quote(self.run_id)}` for where the time went."
+            f"Give it a longer timeout=, and see `perdure history {typed(self.run_id)}` for where the time went."
         )
 
 

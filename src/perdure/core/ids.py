@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from shlex import quote
 from typing import Final
 
 _ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
@@ -18,6 +19,12 @@ def sortable_id(at: int, entropy: int) -> str:
     pairs = _PAIRS
     # Ten bits at a time; of the first pair of the time two bits are always 0.
     return _time(at // 1000 & (1 << 48) - 1) + "".join([pairs[entropy >> shift & 1023] for shift in _SHIFTS])
+
+
+def typed(*words: str) -> str:
+    """Ids and names as the last words of a command that we propose, whatever characters they have."""
+    first = "-- " if any(word.startswith("-") for word in words) else ""
+    return first + " ".join(map(quote, words))
 
 
 _SHIFTS: Final = range(70, -1, -10)

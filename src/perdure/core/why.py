@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from shlex import quote
 
+from perdure.core.ids import typed
 from perdure.core.retry import moment
 from perdure.core.turn import Announced, Mail, Row
 from perdure.core.waits import Wait, Waits, read_waits
@@ -45,7 +46,10 @@ def taken_from(announced: Iterable[Announced]) -> dict[str, set[str]]:
 
 def why(row: Row, now: int, around: Surroundings) -> str:
     """The sentence; for a blocked run the whole report."""
-    return _BY_STATUS.get(row.status, _unknown)(row, now, around)
+    sentence = _BY_STATUS.get(row.status, _unknown)(row, now, around)
+    if row.deadline_at is None or row.ended_at is not None:
+        return sentence
+    return f"{sentence} Its timeout ends it at {_at(row.deadline_at)} ({_due(row.deadline_at, now)})."
 
 
 def _ended(row: Row, now: int, around: Surroundings) -> str:
@@ -69,7 +73,8 @@ def _ready(row: Row, now: int, around: Surroundings) -> str:
     if not around.serves(row.workflow):
         if row.workflow in around.taken:
             return (
-                f'{run} {waits}: none that serves {what} "{row.workflow}" lives now; start one with `perdure worker`.'
+                f'{run} {waits}: none that serves {what} "{row.workflow}" lives now; start one with '
+                "`perdure worker MODULE`."
             )
         return f'{run} {waits}: nobody has ever announced {what} "{row.workflow}"; start a worker that serves it.'
     if not around.takes(row.workflow, row.queue):
@@ -137,7 +142,9 @@ def _waiting(row: Row, now: int, around: Surroundings) -> str:
         unread = f"Run {row.id} has {number} unread {'message' if number == 1 else 'messages'}"
         if around.serves(row.workflow):
             return f"{unread}: {_wrong_queue(row.workflow, row.queue, around)}."
-        return f'{unread}, but no worker that serves "{row.workflow}" lives now; start one with `perdure worker`.'
+        return (
+            f'{unread}, but no worker that serves "{row.workflow}" lives now; start one with `perdure worker MODULE`.'
+        )
     if waits.restless:
         return (
             f"Run {row.id} was interrupted because its code did not rest ({waits.restless}); it is tried again in "
@@ -180,7 +187,7 @@ def _wait_signal(row: Row, wait: Wait, now: int, around: Surroundings) -> str:
     until = f", until {_at(wait.until)}" if wait.until is not None else ", without a timeout"
     return (
         f'waits in "{wait.step}"{_site(wait)} for signal "{wait.name}" since {_length(now - wait.since)}{until}; '
-        f"whoever sends it moves the run: `perdure signal {quote(row.id)} {quote(wait.name)}`."
+        f"whoever sends it moves the run: `perdure signal {typed(row.id, wait.name)}`."
     )
 
 
@@ -189,7 +196,7 @@ def _wait_child(row: Row, wait: Wait, now: int, around: Surroundings) -> str:
     state = f", which is {child.status}" if child is not None else ""
     return (
         f'waits in "{wait.step}"{_site(wait)} for child run {wait.run}{state}, since {_length(now - wait.since)}; '
-        f"see `perdure why {quote(wait.run)}`."
+        f"see `perdure why {typed(wait.run)}`."
     )
 
 
@@ -262,7 +269,7 @@ def _wrong_queue(name: str, queue: str, around: Surroundings) -> str:
     others = ", ".join(f'"{each}"' for each in sorted(around.taken[name]))
     return (
         f'workers that serve "{name}" live, but none of them takes from queue "{queue}" (they take from {others}); '
-        f"start one with `perdure worker --queue {quote(queue)}`"
+        f"start one with `perdure worker MODULE --queue {quote(queue)}`"
     )
 
 

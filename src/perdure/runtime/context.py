@@ -8,7 +8,6 @@ itself waits. `start` begins at once in both and gives a `Pending`.
 from __future__ import annotations
 
 import gc
-import logging
 import random
 import threading
 import uuid
@@ -39,6 +38,7 @@ from perdure.core.limits import Limits, check_id
 from perdure.core.match import CANCELLED, DONE, Line, Op
 from perdure.core.retry import Retry, duration, exception_types, instant, micros, moment, retry_given
 from perdure.runtime import inside, steps
+from perdure.runtime.logs import RunLog
 from perdure.runtime.loop import RunLoop, StepWait
 from perdure.runtime.registry import Activity, Workflow
 from perdure.runtime.steps import NO_OPTIONS, Options, call_site
@@ -264,6 +264,7 @@ class Facts:
     def may_speak(self, what: str) -> None:
         """Refuse calls of a dead context, and of anybody but the body."""
         if self.line.dead:
+            _refuse_elsewhere(self.line, what)
             self.raised += 1
             if self.raised <= MOST_REFUSALS:
                 raise Evicted(f"Run {self.run.id} has left memory.")
@@ -286,6 +287,16 @@ class Facts:
                 f"ctx was used while the garbage collector ran (for {what}). A replay would not do that at the same "
                 "place. Call it in the body, not in __del__."
             )
+
+
+def _refuse_elsewhere(line: Line, what: str) -> None:
+    """What a dead context raises ends its own run's code; that of another run is told what it did."""
+    here = inside.other_body(line)
+    if here:
+        raise RuntimeError(
+            f"The ctx of run {line.run_id}, which has ended or left memory, was used in the code of run {here} "
+            f"(for {what}). A ctx belongs to one run. Use the one that the workflow function was called with."
+        )
 
 
 _collecting: Final[dict[str, Any]] = {}
@@ -332,6 +343,7 @@ class Operation(Coroutine[Any, Any, T]):
         loop = self._loop
         line = loop.line
         if line.dead:
+            _refuse_elsewhere(line, f'"{op.id}"')
             if loop.held:
                 yield from loop.create_future()
             raise Evicted(f"Run {line.run_id} has left memory.")
@@ -497,7 +509,7 @@ def _split(pending: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     return done, [h for h in handles if not h._op.over]
 
 
-def _handles(pending: Any) -> list[Any]:
+def _handles(pending: Any, facts: Facts) -> list[Any]:
     if not isinstance(pending, Iterable):
         raise TypeError(
             f"ctx.step.wait got {pending!r}. It waits for several, also where there is only one. Pass a list of what "
@@ -508,6 +520,11 @@ def _handles(pending: Any) -> list[Any]:
         if not isinstance(handle, _PendingBase):
             raise TypeError(
                 f"ctx.step.wait got {handle!r}. It waits for what ctx.step.start returned. Start the operation first."
+            )
+        if handle._facts is not facts:
+            raise ValueError(
+                f"ctx.step.wait got {handle!r} of run {handle._facts.run.id}. A run waits for what it has started "
+                "itself. Send what another run has found with a signal, or run it as a child."
             )
     return handles
 
@@ -641,7 +658,7 @@ class Step(_Asking):
         return_when: str = "ALL_COMPLETED",
     ) -> tuple[list[Pending[Any]], list[Pending[Any]]]:
         """`(done, not_done)` as in `concurrent.futures.wait`, but lists, in the order in which they ended."""
-        handles = _handles(pending)
+        handles = _handles(pending, self._facts)
         ops = [handle._op for handle in handles]
         await _until(self._facts, _enough(ops, return_when), ops, timeout, strict=False)
         return _split(handles)
@@ -810,7 +827,7 @@ class SyncStep(_Asking):
         return_when: str = "ALL_COMPLETED",
     ) -> tuple[list[SyncPending[Any]], list[SyncPending[Any]]]:
         """As `Step.wait`."""
-        handles = _handles(pending)
+        handles = _handles(pending, self._facts)
         ops = [handle._op for handle in handles]
         _block(self._facts, _enough(ops, return_when), ops, timeout, strict=False)
         return _split(handles)
@@ -828,9 +845,6 @@ def _known_options(options: Mapping[str, Any]) -> None:
         )
 
 
-_run_log: Final = logging.getLogger("perdure.run")
-
-
 # --- ctx -----------------------------------------------------------------------------------------------
 
 
@@ -843,7 +857,7 @@ class _ContextBase:
     @property
     def log(self) -> RunLog:
         """A logger that is silent during replay and names the run."""
-        return RunLog(_run_log, self._facts.line)
+        return RunLog(self._facts.line)
 
     @property
     def run(self) -> ThisRun:
@@ -892,20 +906,6 @@ class _ContextBase:
         self._facts.may_speak("ctx.patched")
         check_id(change, "the name of a change")
         return self._facts.line.patched(change, call_site(2))
-
-
-class RunLog(logging.LoggerAdapter):  # type: ignore[type-arg]
-    """A logger that is silent during replay and names the run."""
-
-    def __init__(self, logger: logging.Logger, line: Line) -> None:
-        super().__init__(logger, {})
-        self._line = line
-
-    def isEnabledFor(self, level: int) -> bool:
-        return not self._line.replaying and not self._line.dead and super().isEnabledFor(level)
-
-    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
-        return f"[{self._line.run_id}] {msg}", kwargs
 
 
 class Context(_ContextBase):

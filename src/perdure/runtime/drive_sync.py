@@ -258,11 +258,11 @@ class SyncDriver:
 
     def _enter(self) -> None:
         self._inside = threading.get_ident()
-        body.waited_for_by = self._waits
+        body.waited_for_by, body.line = self._waits, self.line
 
     def _rest(self) -> None:
         self._inside = 0
-        body.waited_for_by = 0
+        body.waited_for_by, body.line = 0, None
         self._to_driver.release()
 
     def _main(self) -> None:
@@ -275,7 +275,7 @@ class SyncDriver:
         except BaseException as caught:
             error = caught
         if self.stopped is not None:
-            body.waited_for_by = 0
+            body.waited_for_by, body.line = 0, None
             if not isinstance(error, Unwinding):
                 where = traceback.extract_tb(error.__traceback__)[-1:] if error is not None else []
                 log.warning(

@@ -26,10 +26,19 @@ _shown: Final = _Shown()
 
 class _Body(threading.local):
     waited_for_by = 0
+    line: Any = None
 
 
 body: Final = _Body()
-"""Of this thread: `waited_for_by` is the thread that waits for the `def` workflow whose code runs here, or 0."""
+"""Of this thread: the line of the `def` workflow whose code runs here, and `waited_for_by`, the thread that waits for
+it; else None and 0."""
+
+
+def other_body(line: Any) -> str:
+    """The id of the run in whose own code this thread is, if it is another than that of `line`, and lives."""
+    loop = _get_running_loop()
+    here = loop.line if type(loop) is RunLoop else body.line
+    return "" if here is None or here is line or here.dead else str(here.run_id)
 
 
 def refuse_in_body(thread: int | None) -> None:

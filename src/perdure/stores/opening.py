@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, unquote
 
@@ -113,11 +112,6 @@ def _sqlite(url: str, path: str, given: Mapping[str, str]) -> Store:
     file = unquote(path[3:])
     if file == ":memory:":
         raise NotAStore(f"{quoted(url)} names no file. A store in memory is a store of its own: write memory://.")
-    if not Path(file).parent.is_dir():
-        raise NotAStore(
-            f"{quoted(url)} cannot be opened: there is no folder {quoted(str(Path(file).parent.absolute()))}. "
-            "A store's file is created, its folder is not: create it, or mend the path."
-        )
     from perdure.stores.sqlite.store import SQLiteStore
 
     settings = _settings(url, SQLiteStore, given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from perdure.core.errors import RunExists
+from perdure.core.errors import RunExists, quoted
 from perdure.core.turn import Send, Start
 
 
@@ -16,7 +16,11 @@ def child_refused(start: Start) -> Send:
     assert start.parent is not None
     named = "activity" if start.kind == "activity" else "child"
     step = start.parent.step
-    error = {"type": "RunExists", "message": str(RunExists(start.id))}
+    message = (
+        f"Run {quoted(start.id)} exists already, and is not this {named} of this run. An id belongs to one run, also "
+        "after its end. Choose another with ctx.step.options(id=…)."
+    )
+    error = {"type": RunExists.__name__, "message": message}
     data = {"step": step, "run": start.id, "status": "failed", "error": error}
     return Send(
         to=start.parent.run,

@@ -155,11 +155,14 @@ class Housekeeper:
     def pause(self) -> float:
         """Seconds until the next round."""
         shift = self.shift
+        if shift.overdue_at is not None and shift.overdue_at <= self.store.now():
+            return 0
         at_work = shift.executing or len(shift.residents) > len(shift.parked)
         return min(shift.settings.lease / 3, self.store.rounds, AT_WORK if at_work else math.inf)
 
     def step(self) -> int:
         """One round; how many runs it moved."""
+        self.shift.overdue_at = None  # what it leaves is left to the ordinary rounds
         reaped = self.store.reap()
         if reaped.workers or reaped.runs:
             self.shift.reaped_at = self.shift.monotonic()
@@ -237,10 +240,14 @@ class Housekeeper:
         return len(turns)
 
     def _look_around(self) -> None:
-        self.shift.look_at_clock()
-        for resident in list(self.shift.residents.values()):
+        shift = self.shift
+        shift.look_at_clock()
+        now = shift.now()
+        for resident in list(shift.residents.values()):
+            if resident.deadline_at is not None and resident.deadline_at > now:
+                shift.until(resident.deadline_at)
             if resident.executions:
-                self.shift.safely(resident, resident.name_long_steps)
+                shift.safely(resident, resident.name_long_steps)
 
 
 class Serving:

@@ -23,6 +23,7 @@ from perdure.core import failure
 from perdure.core.errors import NO_THREAD, NeverRests
 from perdure.runtime.context import step_key
 from perdure.runtime.drive_sync import BodyThreads
+from perdure.runtime.logs import StepLog
 from perdure.runtime.steps import LocalCall
 
 log = logging.getLogger("perdure.worker")
@@ -49,7 +50,7 @@ class StepInfo:
     @property
     def log(self) -> logging.LoggerAdapter[logging.Logger]:
         """A logger that names the run and the step."""
-        return logging.LoggerAdapter(logging.getLogger("perdure.step"), {"run": self.run_id, "step": self.id})
+        return StepLog(self.run_id, self.id)
 
 
 _current: contextvars.ContextVar[StepInfo] = contextvars.ContextVar("perdure_step")

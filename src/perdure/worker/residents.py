@@ -123,6 +123,7 @@ class Resident:
 
     __slots__ = (
         "blocked_tries",
+        "deadline_at",
         "deadlines",
         "epoch",
         "executions",
@@ -169,6 +170,7 @@ class Resident:
         last: str,
         seed: str,
         input: str,
+        deadline_at: int | None = None,
         parent: int | None = None,
         parent_step: str | None = None,
         policy: StartPolicy = NO_POLICY,
@@ -181,6 +183,7 @@ class Resident:
         self.last = last
         self.seed = seed
         self.input = input
+        self.deadline_at = deadline_at
         self.parent = parent
         self.parent_step = parent_step
         self.policy = policy
@@ -220,6 +223,7 @@ class Resident:
             last=row.turn,
             seed=row.seed,
             input=row.input,
+            deadline_at=row.deadline_at,
             parent=row.parent,
             parent_step=row.parent_step,
             policy=policy_of(row.policy),

@@ -150,6 +150,8 @@ class Shift:
         self.makes_way = False
         # Whether runs were dropped here that may still be ours.
         self.has_strays = False
+        # When the first of the runs here will have taken too long.
+        self.overdue_at: int | None = None
         # The attempts of transaction steps whose transactions are open, or about to be: they lock their runs' rows.
         self.transacting: set[transacting.Attempt] = set()
         self._announced: dict[str, Announced] = {}
@@ -293,6 +295,7 @@ class Shift:
                 return
             resident = Resident.of_row(self, row)
             self.residents[row.key] = resident
+            self.until(row.deadline_at)
             resident.begin(events, head.mail)
         except Exception as error:
             log.exception("run %s cannot be taken up", row.id)
@@ -335,9 +338,25 @@ class Shift:
             root=id,
             created_micros=at,
         )
-        resident = Resident(self, this, key=key, epoch=1, version=version, last="", seed=start.seed, input=start.input)
+        resident = Resident(
+            self,
+            this,
+            key=key,
+            epoch=1,
+            version=version,
+            last="",
+            seed=start.seed,
+            input=start.input,
+            deadline_at=start.deadline_at,
+        )
         self.residents[key] = resident
+        self.until(start.deadline_at)
         self.safely(resident, resident.live, started)
+
+    def until(self, deadline_at: int | None) -> None:
+        """A run here may take until then: a round of housekeeping is due as soon as it is over."""
+        if deadline_at is not None and (self.overdue_at is None or deadline_at < self.overdue_at):
+            self.overdue_at = deadline_at
 
     def _answer(self, answers: list[tuple[Callable[[Any], None], Any]], mail: Sequence[Mail]) -> None:
         if _get_running_loop() is self.loop:

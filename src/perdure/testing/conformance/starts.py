@@ -322,7 +322,10 @@ class StartPromises:
         told = json.loads(message.data)
         assert (told["step"], told["run"], told["status"]) == ("notify", "wanted", "failed")
         assert told["error"]["type"] == "RunExists"
-        assert "wanted" in told["error"]["message"]
+        assert told["error"]["message"] == (
+            'Run "wanted" exists already, and is not this child of this run. An id belongs to one run, also after its '
+            "end. Choose another with ctx.step.options(id=…)."
+        )
         assert everything(store, stranger) == before
 
     def test_a_parent_is_told_that_its_activitys_id_is_taken(self, store: Store) -> None:
