@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -250,11 +250,11 @@ class Resident:
     def begin(self, events: Sequence[ev.Event], mail: Sequence[Mail]) -> None:
         """Bring the code to the end of the recorded line, then deliver what waits. Gives the loop back now and then."""
         self.seq = len(events) + 1
-        for event in events:
-            message = getattr(event, "message", None)
-            if message is not None:
-                self.known_mail.add(message)
-        self._replay(self.play.replay(events), mail, ())
+        self.known_mail.update(_messages_in(events))
+        # At once: what is posted while the code comes to where it was is newer.
+        for message in mail:
+            self._accept(message)
+        self._replay(self.play.replay(events), ())
 
     def live(self, started: ev.Started) -> None:
         """Begin the code of a run that was started here, and has no record yet but that."""
@@ -269,9 +269,7 @@ class Resident:
         self._gather(play.take())
         self.pump()
 
-    def _replay(
-        self, steps: Any, mail: Sequence[Mail], again: Sequence[Again], resumed: ev.Resumed | None = None
-    ) -> None:
+    def _replay(self, steps: Any, again: Sequence[Again], resumed: ev.Resumed | None = None) -> None:
         if self.gone:
             return
         until = self.shift.monotonic() + 0.005
@@ -280,14 +278,14 @@ class Resident:
                 while self.shift.monotonic() < until:
                     next(steps)
         except StopIteration:
-            self._come_alive(mail, again, resumed)
+            self._come_alive(again, resumed)
         except NeverRests as error:
             self.play.did_not_rest(error.where)
-            self._come_alive(mail, again, resumed)
+            self._come_alive(again, resumed)
         else:
-            self.shift.loop.call_soon(self.shift.safely, self, self._replay, steps, mail, again, resumed)
+            self.shift.loop.call_soon(self.shift.safely, self, self._replay, steps, again, resumed)
 
-    def _come_alive(self, mail: Sequence[Mail], again: Sequence[Again], resumed: ev.Resumed | None) -> None:
+    def _come_alive(self, again: Sequence[Again], resumed: ev.Resumed | None) -> None:
         play = self.play
         self.rebuilding = False
         for step, site in play.line.digests_differ[:1]:
@@ -304,13 +302,11 @@ class Resident:
                 self._deliver(resumed if resumed is not None else ev.Resumed(at=self._now()))
         else:
             self._gather(play.take(), replayed=True)
-        for message in mail:
-            self._accept(message)
         # What was thrown away comes again, with its times, after the mail.
         waiting, self.inbox = self.inbox, deque()
-        self.inbox.extend(m for m in waiting if isinstance(m, Mail))
+        self.inbox.extend(item for item in waiting if _message_of(item) is not None)
         self.inbox.extend(again)
-        self.inbox.extend(m for m in waiting if not isinstance(m, Mail))
+        self.inbox.extend(item for item in waiting if _message_of(item) is None)
         self._wake_what_is_due()
         self.pump()
 
@@ -884,11 +880,11 @@ class Resident:
         ]
         first = inputs[0].at if inputs else self.play.line.now
         resumed = next((event for event in inputs if isinstance(event, ev.Resumed)), None)
-        for message in [*gathered.consumed, *self.open.consumed]:
-            self.known_mail.discard(message)
-        self.inbox = deque([*self.unwanted, *(item for item in self.inbox if not isinstance(item, Mail))])
+        # Mail is read again, all of it; what of it had been delivered, now or in an earlier turn, keeps its time.
+        delivered = [*inputs, *(item.event for item in self.inbox if isinstance(item, Again))]
+        times = {event.message: event.at for event in delivered if hasattr(event, "message")}
+        self.inbox = deque([*self.unwanted, *(item for item in self.inbox if _message_of(item) is None)])
         self.unwanted = []
-        times = {event.message: event.at for event in inputs if hasattr(event, "message")}
         # What is thrown away has not happened: nothing is logged of it.
         self.play.line.replaying = True
         self.play.close()
@@ -908,15 +904,19 @@ class Resident:
         first: int,
         resumed: ev.Resumed | None,
     ) -> None:
-        self.known_mail = {m for m in (getattr(event, "message", None) for event in events) if m is not None}
+        # Posted since then, and perhaps after the mailbox was read.
+        posted = {item.id: item for item in self.inbox if isinstance(item, Mail)}
+        unread = {**posted, **{message.id: message for message in mail}}
+        taken = set(_messages_in(events))
         # Mail comes first and in mailbox order, old with the time it had, new with that of the turn's first input.
-        messages: list[Again] = []
-        for message in sorted(mail, key=lambda m: m.position):
-            if message.id not in self.known_mail:
-                self.known_mail.add(message.id)
-                messages.append(Again(input_of(message, times.get(message.id, first))))
-        self.inbox = deque(item for item in self.inbox if not (isinstance(item, Mail) and item.id in self.known_mail))
-        self._replay(iter(self.play.replay(events)), (), [*messages, *again], resumed)
+        messages = [
+            Again(input_of(message, times.get(message.id, first)))
+            for message in sorted(unread.values(), key=lambda m: m.position)
+            if message.id not in taken
+        ]
+        self.known_mail = taken | unread.keys()
+        self.inbox = deque([*messages, *(item for item in self.inbox if not isinstance(item, Mail))])
+        self._replay(iter(self.play.replay(events)), again, resumed)
 
     # --- leaving memory -------------------------------------------------------------------------------
 
@@ -979,6 +979,11 @@ class Resident:
         if waits != self.written_waits:
             gathered, self.open = self.open, Gathered()
             self._commit(gathered, status=RUNNING, wake_at=self._next_wake(), waits=waits)
+
+
+def _messages_in(events: Iterable[ev.Event]) -> Iterator[str]:
+    """The ids of the messages that a history has taken."""
+    return (message for message in (getattr(event, "message", None) for event in events) if message is not None)
 
 
 def _message_of(item: Mail | Outcome | Again) -> str | None:

@@ -406,6 +406,8 @@ class Checks:
             shadow.remotes.pop(event.step, None)
         elif kind is ev.Ended:
             shadow.ended = event
+            if len(set(event.unread)) < len(event.unread):
+                raise Violation("INV-10", f"{row.id} has ended; it lists a message twice: {', '.join(event.unread)}")
         message: str | None = getattr(event, "message", None) if kind is not ev.SignalTaken else None
         return message
 
