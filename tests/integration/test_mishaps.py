@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sqlite3
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
-from perdure import Context, Retry, RunFailed, StepTimedOut, activity, workflow
+from perdure import Client, Context, Retry, RunFailed, StepTimedOut, activity, workflow
 from perdure.runtime.context import SyncContext
 from perdure.runtime.drive_sync import BodyThreads
 from perdure.worker import residents
 from perdure.worker.activities import ActivityRun
 from perdure.worker.residents import Resident
 from perdure.worker.shift import Shift
-from tests.integration.helpers import engine, status_of, until
+from tests.integration.helpers import engine, status_of, until, url_of
 
 
 async def on_loop(n: int) -> int:
@@ -374,3 +376,37 @@ async def test_an_async_step_that_raises_what_is_no_exception_has_failed_and_har
     async with engine(tmp_path, meets_strange_errors) as here:
         run = await here.start(meets_strange_errors)
         assert await run.result(timeout=60) == ["Strange", "Strange", "fine"]
+
+
+# --- what is stored of a run is not what we wrote
+
+
+@pytest.mark.parametrize("strikes", [0, 2])
+@pytest.mark.parametrize(
+    ("change", "saying"),
+    [
+        ("UPDATE perdure_history SET event = substr(event, 1, 10) WHERE run = ?", "no version of Perdure has written"),
+        ("UPDATE perdure_history SET event = '{\"kind\":\"later\"}' WHERE run = ?", "A newer version wrote it"),
+        ("UPDATE perdure_runs SET policy = '{\"awaited\":\"later\"}' WHERE key = ?", "its worker failed at it"),
+        ("UPDATE perdure_runs SET waits = 'damaged', policy = '{' WHERE key = ?", "its worker failed at it"),
+    ],
+)
+async def test_a_run_that_cannot_be_read_costs_no_other(
+    tmp_path: Path, change: str, saying: str, strikes: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with engine(tmp_path, adds):
+        pass
+    async with Client(url_of(tmp_path)) as client:
+        bad, good = await client.options(id="bad").start(adds, 1), await client.options(id="good").start(adds, 1)
+        with closing(sqlite3.connect(tmp_path / "runs.db")) as db:
+            db.execute(change, (1,))
+            db.execute("UPDATE perdure_runs SET strikes = ? WHERE key = 1", (strikes,))
+            db.commit()
+        async with engine(tmp_path, adds) as it:
+            assert await good.result(timeout=60) == 3
+            await status_of(bad, "blocked")
+            assert saying in await bad.why()
+            # Also for one that begins here, and alone: nothing is thought to be under suspicion any more.
+            assert await (await it.start(adds, 1)).result(timeout=60) == 3
+            await bad.terminate("cannot be read")
+            assert await bad.status() == "terminated"

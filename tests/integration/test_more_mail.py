@@ -90,7 +90,9 @@ async def test_one_that_was_committed_late_comes_before_those_that_were_sent_beh
             await handle.signal("s", "last", message_id="m4")
             async with Engine(store(), workflows=[hears]) as it:
                 # It asks for its end again and again, as somebody may still send to it.
-                await until(lambda: it._core.committer._added > 5)
+                committer = it._core.committer
+                assert committer is not None
+                await until(lambda: committer._added > 5)
                 db.commit()
                 here = it.handle(handle.id)
                 heard = await here.result(timeout=60)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from perdure.core.errors import StoreTooNew
+from perdure.core.errors import StoreCorrupt, StoreTooNew
 from perdure.core.events import Event
 
 _encoder = msgspec.json.Encoder()
@@ -20,13 +20,18 @@ def encode(event: Event) -> str:
 
 
 def decode(text: str) -> Event:
-    """The event of a stored text; `StoreTooNew` if a later version wrote it."""
+    """The event of a stored text; `StoreTooNew` if a later version wrote it, `StoreCorrupt` if nobody did."""
     try:
         event = _decoder.decode(text)
     except msgspec.ValidationError as error:
         raise StoreTooNew(
             f"This history holds an event that this version of Perdure does not know: {text[:120]!r} ({error}). "
             "A newer version wrote it: upgrade this process."
+        ) from error
+    except msgspec.DecodeError as error:
+        raise StoreCorrupt(
+            f"This history holds an event that no version of Perdure has written: {text[:120]!r} ({error}). Its text was "
+            "changed or cut off. Restore a backup, or terminate the run."
         ) from error
     if getattr(event, "format", FORMAT) != FORMAT:
         raise StoreTooNew(

@@ -53,5 +53,8 @@ def waits_text(waits: Waits) -> str:
 
 
 def read_waits(text: str) -> Waits:
-    """The column as it was written; empty if there is none."""
-    return _decoder.decode(text) if text else Waits()
+    """The column as it was written; empty if there is none, or none that we can read: nothing hangs on it."""
+    try:
+        return _decoder.decode(text) if text else Waits()
+    except msgspec.DecodeError:
+        return Waits()

@@ -40,7 +40,7 @@ class Watcher:
         self.shift = shift
         self._more = False
         self._busy_since: float | None = None
-        self._unreadable: list[tuple[Head, PerdureError]] = []
+        self._unreadable: list[tuple[Head, Exception]] = []
 
     def step(self, timeout: float = SAFETY_POLL) -> int:
         """Wait at most `timeout`, then look once; how much was found."""
@@ -99,7 +99,7 @@ class Watcher:
                 try:
                     if head.row.kind == "workflow":
                         events = [stored.decode(text) for text in texts.get(key) or self.store.history(key)]
-                except PerdureError as error:
+                except Exception as error:
                     self._unreadable.append((head, error))
                 else:
                     found.append((head, events))

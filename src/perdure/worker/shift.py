@@ -300,6 +300,8 @@ class Shift:
         except Exception as error:
             log.exception("run %s cannot be taken up", row.id)
             self._let_go(row.key)
+            if self.alone_with == row.key:
+                self.no_longer_alone()
             self._put_aside(fence_of(row), row.waits, row.id, error)
 
     def _put_aside(self, fence: Fence, waits: str, id: str, error: BaseException) -> None:
