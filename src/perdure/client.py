@@ -10,6 +10,7 @@ import asyncio
 import functools
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +42,7 @@ from perdure.core.errors import (
 )
 from perdure.core.failure import RecordedError
 from perdure.core.ids import sortable_id
-from perdure.core.limits import Limits, check_id, check_message_id, check_name, limits_of
+from perdure.core.limits import Limits, check_id, check_message_id, check_name, check_reason, limits_of
 from perdure.core.retry import duration, instant, micros
 from perdure.core.signature import Parameter, Signature
 from perdure.core.status import ENDED, Status
@@ -638,13 +639,15 @@ class Client:
     ) -> RunPage:
         """A page of runs, newest first. limit: 1 to 1,000. cursor: of the page before."""
         core = self._core
-        if not 1 <= limit <= 1000:
-            raise ValueError(f"limit={limit} is not a page. A page has 1 to 1,000 runs. Use the cursor for more.")
-        if cursor is not None and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 19):
+        if type(limit) is not int or not 1 <= limit <= 1000:
+            raise ValueError(f"limit={limit!r} is not a page. A page has 1 to 1,000 runs. Use the cursor for more.")
+        if cursor is not None and not re.fullmatch("[0-9]{1,18}", check_id(cursor, "cursor=")):
             raise ValueError(f"cursor={cursor!r} is none of ours. Pass the .cursor of the page before.")
+        if parent is not None:
+            check_id(parent, "parent=")
         query = Query(
             namespace=core.namespace,
-            workflow=workflow,
+            workflow=None if workflow is None else check_name(workflow, "workflow="),
             status=None if status is None else _status(status).value,
             parent=None if parent is None else (await core.row(parent)).key,
             created_after=None if created_after is None else instant(created_after, "created_after="),
@@ -661,6 +664,9 @@ class Client:
     async def counts(self, *, workflow: str | None = None, queue: str | None = None) -> dict[Status, int]:
         """How many retained runs have each status; only those above zero."""
         core = self._core
+        for what, name in (("workflow=", workflow), ("queue=", queue)):
+            if name is not None:
+                check_name(name, what)
         await core.open()
         found = await core.read(lambda: core.store.counts(core.namespace, workflow=workflow, queue=queue))
         return {Status(status): count for status, count in found.items()}
@@ -799,7 +805,7 @@ class RunHandle(Generic[R]):
 
     async def cancel(self, reason: str = "") -> None:
         """Ask the code to stop. Twice is once; nothing happens to an ended run."""
-        data = codec.encode({"reason": reason}, what="the reason", limits=self._core.limits)
+        data = codec.encode({"reason": check_reason(reason)}, what="the reason", limits=self._core.limits)
         await self._send(Send(to=self._address(), id=CANCEL, kind="cancel", data=data.decode()), quiet=True)
 
     def _address(self) -> Address:
@@ -832,7 +838,7 @@ class RunHandle(Generic[R]):
         signalled it: `StoreLocked` if that takes longer than 30 seconds.
         """
         core = self._core
-        codec.encode(reason, what="the reason", limits=core.limits)
+        codec.encode(check_reason(reason), what="the reason", limits=core.limits)
         until = time.monotonic() + TERMINATES_WITHIN
         while True:
             row = await core.row(self.id)

@@ -178,6 +178,9 @@ async def test_reasons_are_checked_like_any_value(tmp_path: Path) -> None:
                 await verb("\ud800")
             with pytest.raises(LimitExceeded):
                 await verb("x" * 10_000_000)
+            for reason in (None, 5, ["x"], b"x", {"a": 1}):
+                with pytest.raises(TypeError, match="The reason must be a str"):
+                    await verb(reason)  # type: ignore[arg-type]
         assert not (await handle.status()).ended
 
 
@@ -749,6 +752,21 @@ class Static:
         (lambda step: step.wait(5), "It waits for several"),
         (lambda step: step.start("a", adds, 1), "was awaited itself. It has begun already"),
         (lambda step: step.run("a", lambda: [step]), "is no plain value"),
+        (lambda step: step.run_workflow("a", None), "must be decorated with @workflow"),
+        (lambda step: step.emit_workflow("a", adds), "must be decorated with @workflow"),
+        (lambda step: step.run_workflow("a", ""), "The name of a workflow is empty"),
+        (lambda step: step.run_workflow("a", "b\0"), "not printable"),
+        (lambda step: step.run_workflow("a", "\ud800"), "not printable"),
+        (lambda step: step.run_workflow("a", "b" * 10_000_000), "has 10000000 characters"),
+        (lambda step: step.options(idempotency_key="k" * 9000).run_workflow("a", "echo", 1), "has 9000 characters"),
+        (lambda step: step.options(idempotency_key="\ud800").run_workflow("a", "echo", 1), "not printable"),
+        (lambda step: step.options(idempotency_key=5).run_workflow("a", "echo", 1), "must be a str"),
+        (lambda step: step.options(returns=[]).run("a", adds, 1), "is no type of values"),
+        (lambda step: step.wait_signal("a", returns=[]), "is no type of values"),
+        (lambda step: step.sleep("a", hours="1"), 'hours= of sleep "a" must be a timedelta or a number'),
+        (lambda step: step.sleep("a", days=float("nan")), 'days= of sleep "a" is nan'),
+        (lambda step: step.sleep("a", days=10**10), "999999999 days"),
+        (lambda step: step.sleep("a", timedelta.max, days=1), "999999999 days"),
     ],
 )
 async def test_a_call_of_a_step_that_makes_no_sense_fails_the_run_at_its_line(
@@ -806,6 +824,45 @@ async def test_a_forgotten_await_is_named(tmp_path: Path) -> None:
         for flow in (forgets, forgets_inside):
             with pytest.raises(RunFailed, match=r"is still to be awaited\. Put `await` in front"):
                 await (await it.start(flow)).result(timeout=60)
+
+
+_LIMITS: list[Any] = ["a", None, 1.5, True, 0, 1001]
+_CURSORS: list[Any] = [5, b"1", "", "x", "\ud800", "9" * 19]
+_NAMES: list[Any] = [5, "", "\ud800", "a\0b", []]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        *({"limit": given} for given in _LIMITS),
+        *({"cursor": given} for given in _CURSORS),
+        *({"parent": given} for given in _NAMES),
+        *({"workflow": given} for given in (*_NAMES, echo)),
+    ],
+)
+async def test_a_question_for_runs_that_makes_no_sense_is_refused(tmp_path: Path, asked: dict[str, Any]) -> None:
+    async with Client(SQLiteStore(tmp_path / "runs.db")) as client:
+        with pytest.raises((TypeError, ValueError)):
+            await client.list_runs(**asked)
+        if "workflow" in asked:
+            for what in ("workflow", "queue"):
+                with pytest.raises((TypeError, ValueError)):
+                    await client.counts(**{what: asked["workflow"]})
+
+
+async def test_one_start_that_cannot_be_stored_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a store with narrower limits than ours would.
+    monkeypatch.setattr("perdure.client.check_id", lambda text, what: text)
+    async with engine(tmp_path, echo, waiting) as it:
+        starts = [it.options(id=id).start(echo, 1) for id in ("a", "\ud800", "b", "\ud801", "c")]
+        done = await asyncio.gather(*starts, it.handle("nobody").signal("go"), return_exceptions=True)
+        assert [type(each).__name__ for each in done] == [
+            *("RunHandle", "StoreError", "RunHandle", "StoreError", "RunHandle"),
+            "RunNotFound",
+        ]
+        for handle in (done[0], done[2], done[4]):
+            assert isinstance(handle, RunHandle)
+            assert await handle.result(timeout=60) == 1
 
 
 async def test_a_status_that_is_none_is_refused_with_those_that_are(tmp_path: Path) -> None:

@@ -90,6 +90,36 @@ def test_what_is_committed_is_executed_and_what_is_rolled_back_never_happened(
     assert ask(tmp_path, "SELECT count(*) FROM perdure_mail") == [(1,)]
 
 
+def test_a_refused_call_leaves_no_transaction_open_that_it_has_begun(
+    here: Any, db: sqlite3.Connection, tmp_path: Path
+) -> None:
+    run = here.options(id="taken").start(order, 1)
+    run.signal("by", "Ann")
+    run.result(timeout=60)
+    with_it = here.options(connection=db)
+    refused: list[tuple[type[Exception], Callable[[], Any]]] = [
+        (RunNotFound, lambda: with_it.handle("nobody").signal("by")),
+        (RunFinished, lambda: with_it.handle("taken").signal("by")),
+        (RunExists, lambda: here.options(connection=db, id="taken", if_exists="fail").start(order, 1)),
+        (IdempotencyConflict, lambda: here.options(connection=db, id="taken").start(order, 2)),
+    ]
+    for error, call in refused:
+        with pytest.raises(error):
+            call()
+        assert not db.in_transaction
+        assert here.start(order, 3).status() in ("running", "waiting")
+    # One that the caller has begun is the caller's.
+    db.execute("INSERT INTO orders VALUES (7)")
+    with pytest.raises(RunNotFound):
+        with_it.handle("nobody").signal("by")
+    db.commit()
+    assert ask(tmp_path, "SELECT number FROM orders") == [(7,)]
+    with closing(sqlite3.connect(f"file:{tmp_path / 'runs.db'}?mode=ro", uri=True)) as reader:
+        with pytest.raises(StoreError):
+            here.options(connection=reader).start(order, 4)
+        assert not reader.in_transaction
+
+
 def test_workers_of_another_process_hear_of_the_commit_soon(here: Any, db: sqlite3.Connection) -> None:
     with db:
         run = place(here, db, 1)

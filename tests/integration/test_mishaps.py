@@ -386,8 +386,8 @@ async def test_an_async_step_that_raises_what_is_no_exception_has_failed_and_har
     ("change", "saying"),
     [
         ("UPDATE perdure_history SET event = substr(event, 1, 10) WHERE run = ?", "no version of Perdure has written"),
-        ("UPDATE perdure_history SET event = '{\"kind\":\"later\"}' WHERE run = ?", "A newer version wrote it"),
-        ("UPDATE perdure_runs SET policy = '{\"awaited\":\"later\"}' WHERE key = ?", "its worker failed at it"),
+        ('UPDATE perdure_history SET event = \'{"kind":"later"}\' WHERE run = ?', "A newer version wrote it"),
+        ('UPDATE perdure_runs SET policy = \'{"awaited":"later"}\' WHERE key = ?', "its worker failed at it"),
         ("UPDATE perdure_runs SET waits = 'damaged', policy = '{' WHERE key = ?", "its worker failed at it"),
     ],
 )

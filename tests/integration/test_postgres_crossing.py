@@ -10,10 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
+from msgspec.structs import replace
 
-from perdure.core.turn import Batch, Begun, Busy, Claim, Committed, Finished, Kept, MoreMail, Send
+from perdure.core.errors import StoreError
+from perdure.core.turn import Batch, Begun, Busy, Claim, Committed, Finished, Kept, MoreMail, Send, Unstorable
 from perdure.stores.postgres import PostgresStore
-from perdure.testing.conformance.story import EVENT, NAMESPACE, announce, held, sending, started, unread
+from perdure.testing.conformance.story import EVENT, NAMESPACE, announce, held, sending, start, started, unread
 from tests import servers
 
 Open = Callable[[], PostgresStore]
@@ -42,6 +44,19 @@ def opened(database: servers.Database, schema: str) -> Iterator[Open]:
     yield opened
     for store in stores:
         store.close()
+
+
+def test_what_is_too_long_for_an_index_is_refused_alone(opened: Open) -> None:
+    store = opened()
+    letters = "".join(chr(0x20000 + number) for number in range(255))
+    begins = {"workflow": letters, "idempotency_scope": letters, "idempotency_key": letters[::-1]}
+    bad = replace(start("bad"), namespace=letters[1:], **begins)
+    with pytest.raises(StoreError, match="cannot be stored") as raised:
+        store.write(Batch(starts=[start("good"), bad]))
+    assert raised.value.of_one_item
+    holder, other = held(store, "parent"), held(store, "other")
+    turns = [holder.turn(starts=[bad]), other.turn()]
+    assert [type(verdict) for verdict in store.write(Batch(turns=turns))] == [Unstorable, Committed]
 
 
 def test_racing_claims_share_the_runs(opened: Open) -> None:

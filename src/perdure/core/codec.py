@@ -160,7 +160,7 @@ def plan(annotation: Any = Any, *, what: str = "a value") -> Plan:
     except KeyError:
         made = _plans[annotation] = _compiled(annotation, what)
         return made
-    except TypeError:  # Not hashable: an Annotated with a list in it.
+    except TypeError:  # Not hashable: an Annotated with a list in it, or no type at all.
         return _compiled(annotation, what)
 
 

@@ -547,6 +547,7 @@ class StoreError(PerdureError):
 
     retryable: bool = False
     store: str
+    of_one_item = False  # one start or message of a batch cannot be stored, and the rest might be
 
     def __init__(self, text: str, *, store: str = "") -> None:
         self.store = store

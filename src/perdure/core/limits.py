@@ -67,6 +67,16 @@ def check_name(text: str, what: str) -> str:
     return _checked(text, what, NAME_LENGTH)
 
 
+def check_reason(text: str) -> str:
+    """`text` if it can be the reason of a cancel or terminate: any text."""
+    if not isinstance(text, str):
+        raise TypeError(
+            f"The reason must be a str. {type(text).__name__} was given. Whoever waits for the run reads it: say it in "
+            "words, or leave it out."
+        )
+    return text
+
+
 def check_message_id(text: str, what: str = "message_id=") -> str:
     """`text` if a sender may use it as the id of a message."""
     if _checked(text, what, ID_LENGTH).startswith(RESERVED_MESSAGE_IDS):

@@ -98,6 +98,8 @@ class _Builder:
         return node
 
     def _class(self, annotation: Any, kind: Any, args: tuple[Any, ...], variables: dict[Any, Any]) -> Node:
+        if not isinstance(kind, type):
+            raise Misfit(f"{name_of(annotation)} is no type of values.", _SUPPORTED)
         if kind in WRITE:
             return Leaf(kind)
         if kind is tuple:
@@ -109,8 +111,6 @@ class _Builder:
             return made
         if kind in _DICTS:
             return self._dict(args, variables)
-        if not isinstance(kind, type):
-            raise Misfit(f"{name_of(annotation)} is no type of values.", _SUPPORTED)
         if issubclass(kind, enum.Enum):
             return Member(kind)
         if _has_fields(kind):

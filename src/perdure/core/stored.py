@@ -30,8 +30,8 @@ def decode(text: str) -> Event:
         ) from error
     except msgspec.DecodeError as error:
         raise StoreCorrupt(
-            f"This history holds an event that no version of Perdure has written: {text[:120]!r} ({error}). Its text was "
-            "changed or cut off. Restore a backup, or terminate the run."
+            f"This history holds an event that no version of Perdure has written: {text[:120]!r} ({error}). Its text "
+            "was changed or cut off. Restore a backup, or terminate the run."
         ) from error
     if getattr(event, "format", FORMAT) != FORMAT:
         raise StoreTooNew(

@@ -167,9 +167,17 @@ class _Asking:
     def _sleep(self, id: str, length: Any, days: float, hours: float, minutes: float, seconds: float) -> Op:
         line = self._checked(id)
         self._without_options(f'sleep("{id}")')
-        total = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
-        if length is not None:
-            total += duration(length, f'the duration of sleep "{id}"', negative=True)
+        given = {"days": days, "hours": hours, "minutes": minutes, "seconds": seconds}
+        for name, value in given.items():
+            duration(value, f'{name}= of sleep "{id}"', negative=True)
+        try:
+            total = timedelta(**given)
+            if length is not None:
+                total += duration(length, f'the duration of sleep "{id}"', negative=True)
+        except OverflowError:
+            raise ValueError(
+                f'The duration of sleep "{id}" is more than a timedelta holds, 999999999 days. Give less.'
+            ) from None
         # Year 9999 is the last a datetime can name.
         due = min(line.now + max(micros(total), 0), LATEST)
         op = Op("sleep", id, site=call_site(3), spec=steps.Length(length=due - line.now))
@@ -222,7 +230,7 @@ class _Asking:
                 value = retry_given(value, "retry=")
             elif name == "parent_close" and value not in ("cancel", "abandon"):
                 raise ValueError(f'parent_close={value!r} is not known. It is "cancel" or "abandon".')
-            elif name in ("id", "queue"):
+            elif name in ("id", "queue", "idempotency_key"):
                 value = check_id(value, f"{name}=")
             changes[name] = value
         return self._options.with_(**changes)

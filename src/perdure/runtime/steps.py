@@ -26,7 +26,7 @@ from perdure.core import codec, failure
 from perdure.core import events as ev
 from perdure.core.codec import Plan, plan
 from perdure.core.errors import timed_out
-from perdure.core.limits import ID_LENGTH, Limits
+from perdure.core.limits import ID_LENGTH, Limits, check_name
 from perdure.core.match import Op
 from perdure.core.retry import Retry
 from perdure.core.signature import Parameter, Signature, result_plan
@@ -403,8 +403,8 @@ def child(
     known: Mapping[str, Workflow[Any, Any]],
 ) -> Op:
     """A child run; by name if its code is elsewhere."""
-    workflow = known.get(target) if isinstance(target, str) else target
-    if workflow is not None and not isinstance(workflow, Workflow):
+    workflow = known.get(check_name(target, "the name of a workflow")) if isinstance(target, str) else target
+    if not isinstance(target, str) and not isinstance(target, Workflow):
         raise TypeError(
             f'The workflow of step "{id}" is {target!r}. It must be decorated with @workflow, or the name of one. '
             "Plain functions are called with ctx.step.run."

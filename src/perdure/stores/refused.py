@@ -1,11 +1,18 @@
-"""What a parent is told when a child or activity could not be started, because its id belongs to another run."""
+"""What is said of a start or message that is not written: to a caller, to a parent whose child's id is taken."""
 
 from __future__ import annotations
 
 import json
 
-from perdure.core.errors import RunExists, quoted
+from perdure.core.errors import RunExists, StoreError, quoted
 from perdure.core.turn import Send, Start
+
+
+def item_refused(url: str, why: object) -> StoreError:
+    """For the one who wrote a batch with something in it that cannot be stored."""
+    error = StoreError(f"A start or message cannot be stored in {url}. {why}. Nothing was written.", store=url)
+    error.of_one_item = True
+    return error
 
 
 def child_refused(start: Start) -> Send:

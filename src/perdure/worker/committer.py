@@ -137,6 +137,9 @@ class Committer:
                 if at_once and isinstance(error, StoreLocked):
                     self.put_back(taken)
                     self.took = QUICKLY
+                elif isinstance(error, StoreError) and error.of_one_item:
+                    self._one_by_one(taken)
+                    return True
                 else:
                     self.failed(taken, error)
                 return False
@@ -209,6 +212,22 @@ class Committer:
             log.error("the store refused what has come of runs, which is kept and tried again: %s", error)
         self._tell([(answer, error) for _, answer in (*taken.starts, *taken.sends, *callers)], ())
         self._turns.extendleft(reversed(kept))
+
+    def _one_by_one(self, taken: Taken) -> None:
+        """Something in it cannot be stored: only whoever wants that is told so."""
+        answers: list[tuple[Answer, Any]] = []
+        batches = [(Batch(starts=[start], by=taken.batch.by), answer) for start, answer in taken.starts]
+        batches += [(Batch(sends=[send], by=taken.batch.by), answer) for send, answer in taken.sends]
+        for batch, answer in batches:
+            try:
+                answers += [(answer, verdict) for verdict in self.store.write(batch)]
+            except StoreError as error:
+                answers.append((answer, error))
+        self._tell(answers, ())
+        self._turns.extendleft(reversed(taken.turns))
+        self.stuck = None
+        self.tries = 0
+        self.store.wake()
 
     def _tell(self, answers: list[tuple[Answer, Any]], mail: Sequence[Mail]) -> None:
         """Hand answers on; where that raises, nobody was answered."""
@@ -454,7 +473,11 @@ class Wire:
         assert taken is not None
         committer = self.committer
         try:
-            if isinstance(verdicts, Exception):
+            if isinstance(verdicts, StoreError) and verdicts.of_one_item:
+                # It takes several writes to find out which one: the thread does that.
+                committer.put_back(taken)
+                committer.tries += 1
+            elif isinstance(verdicts, Exception):
                 committer.failed(taken, verdicts)
             else:
                 committer.written(taken, verdicts)

@@ -90,7 +90,7 @@ def input_of(mail: Mail, at: int) -> ev.Input:
     if mail.kind == "signal":
         return ev.Signal(at=at, message=mail.id, name=mail.name, value=Raw(mail.data.encode()))
     if mail.kind == "cancel":
-        return ev.CancelRequested(at=at, message=mail.id, reason=msgspec.json.decode(mail.data).get("reason", ""))
+        return ev.CancelRequested(at=at, message=mail.id, reason=str(msgspec.json.decode(mail.data).get("reason", "")))
     end = _ends.decode(mail.data)
     made = ev.ChildEnded if mail.kind == "child_ended" else ev.ActivityEnded
     return made(

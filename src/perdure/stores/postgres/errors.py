@@ -56,8 +56,8 @@ def lost(error: psycopg.Error) -> bool:
 
 
 def unfit(error: psycopg.Error) -> bool:
-    """Whether the data is what the server cannot take: a text, a number, something twice."""
-    return (error.sqlstate or "").startswith(("22", "23"))
+    """Whether the data is what the server cannot take: a text, a number, something twice, too long for an index."""
+    return (error.sqlstate or "").startswith(("22", "23", "54"))
 
 
 def translate(error: BaseException, url: str) -> StoreError:

@@ -32,6 +32,7 @@ from perdure.stores.postgres import judging
 from perdure.stores.postgres.batch import Call, Outgoing
 from perdure.stores.postgres.errors import PACKING_ERRORS, RETRIED, lost, unfit
 from perdure.stores.postgres.queries import Statement
+from perdure.stores.refused import item_refused
 
 TRIES: Final = 10
 """Of a transaction that the server gives up because of others."""
@@ -268,9 +269,7 @@ class _Try:
         batch, url = self.batch, self._sending._url
         reasons = {turn.run: reason for turn in batch.turns if (reason := self._reason(Batch(turns=[turn])))}
         if not reasons:
-            raise StoreError(
-                f"A start or message cannot be stored in {url}. {error}. Nothing was written.", store=url
-            ) from error
+            raise item_refused(url, error) from error
         good = [turn for turn in batch.turns if turn.run not in reasons]
         bad = [turn for turn in batch.turns if turn.run in reasons]
         starts, sends, written = self._again(Batch(starts=batch.starts, sends=batch.sends, turns=good))

@@ -34,7 +34,7 @@ def borrowed(connection: Any, path: str, url: str) -> Iterator[Plain]:
     """The caller's connection, in its transaction: what fails inside leaves nothing in it.
 
     Where Python opens transactions by itself (its default), one begins here as the caller's first write would begin
-    it; the caller commits it.
+    it; the caller commits it. Where nothing was written, none is left open.
     """
     if not isinstance(connection, Connection):
         raise TypeError(
@@ -52,6 +52,7 @@ def borrowed(connection: Any, path: str, url: str) -> Iterator[Plain]:
     try:
         _check_file(db, path, url)
         begun = _begin(connection, db)
+        changes = connection.total_changes
         db.execute(f"SAVEPOINT {SAVEPOINT}")
         try:
             yield db
@@ -59,6 +60,9 @@ def borrowed(connection: Any, path: str, url: str) -> Iterator[Plain]:
             _undo(connection, db, begun=begun)
             raise
         db.execute(f"RELEASE {SAVEPOINT}")
+        if begun and connection.total_changes == changes:
+            # Nothing to commit: the caller may not even know that it is the file's writer.
+            db.execute("ROLLBACK")
     except sqlite3.OperationalError as error:
         if code(error) != BUSY:
             raise

@@ -40,6 +40,7 @@ from perdure.core.turn import (
     Verdict,
 )
 from perdure.stores import choosing
+from perdure.stores.refused import item_refused
 from perdure.stores.sqlite import connections, migrations, place, pruning
 from perdure.stores.sqlite.borrowed import borrowed
 from perdure.stores.sqlite.errors import locked, ours
@@ -167,10 +168,7 @@ class SQLiteStore:
                 continue
             except Unfit as unfit:
                 if singly or not batch.turns:
-                    raise StoreError(
-                        f"A start or message cannot be stored in {self.url}. {unfit}. Nothing was written.",
-                        store=self.url,
-                    ) from unfit.__cause__
+                    raise item_refused(self.url, unfit) from unfit.__cause__
                 continue
             if writing.news:
                 self._place.bell.ring()
@@ -188,9 +186,7 @@ class SQLiteStore:
             try:
                 return writing.write(batch)
             except Unfit as unfit:
-                raise StoreError(
-                    f"A start or message cannot be stored in {self.url}. {unfit}. Nothing was written.", store=self.url
-                ) from unfit.__cause__
+                raise item_refused(self.url, unfit) from unfit.__cause__
 
     def prune(self, retention: Retention) -> Pruned:
         if retention.limit <= 0:
