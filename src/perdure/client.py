@@ -44,7 +44,7 @@ from perdure.core.failure import RecordedError
 from perdure.core.ids import sortable_id
 from perdure.core.limits import Limits, check_id, check_message_id, check_name, check_reason, limits_of
 from perdure.core.retry import duration, instant, micros
-from perdure.core.signature import Parameter, Signature
+from perdure.core.signature import announced_signature
 from perdure.core.status import ENDED, Status
 from perdure.core.turn import (
     Address,
@@ -605,9 +605,8 @@ class Client:
             input = target.signature.encode(args, kwargs, limits=core.limits)
             return target, target.name, input, target.queue, target.timeout
         announced = await self._announced(workflow)
-        facts = announced.signature or {}
-        signature = Signature(workflow, [Parameter(**each) for each in facts.get("parameters", ())])
-        timeout = facts.get("timeout")
+        signature = announced_signature(workflow, announced.signature)
+        timeout = (announced.signature or {}).get("timeout")
         return (
             None,
             workflow,

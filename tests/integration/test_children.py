@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,51 @@ async def fails(ctx: Context) -> None:
         raise LookupError("not here")
 
     await ctx.step.options(retry=ONCE).run("fail", fail)
+
+
+async def test_a_child_by_name_has_the_input_that_its_workflow_gives_it(tmp_path: Path) -> None:
+    @workflow
+    async def by_name(ctx: Context) -> int:
+        return int(await ctx.step.options(idempotency_key="K").run_workflow("c", "double", 5))
+
+    @workflow
+    async def wrong(ctx: Context) -> Any:
+        return await ctx.step.run_workflow("c", "double", 5, m=6)
+
+    async with engine(tmp_path, double) as there, engine(tmp_path, by_name, wrong, queues=["here"]) as here:
+        parent = await here.options(queue="here", id="p").start(by_name)
+        assert await parent.result(timeout=60) == 10
+        assert ask(tmp_path, "SELECT input FROM perdure_runs WHERE id = 'p/c'") == [('[[],{"n":5}]',)]
+        assert (await there.options(idempotency_key="K").start(double, 5)).id == "p/c"
+        with pytest.raises(RunFailed, match="no parameter"):
+            await (await here.options(queue="here").start(wrong)).result(timeout=60)
+
+
+async def test_every_run_below_knows_the_one_above_all(tmp_path: Path) -> None:
+    @workflow
+    async def lowest(ctx: Context) -> list[str]:
+        await ctx.step.wait_signal("go")
+        return [ctx.run.root]
+
+    @workflow
+    async def lower(ctx: Context) -> list[str]:
+        return [ctx.run.root, *await ctx.step.run_workflow("deep", lowest)]
+
+    @workflow
+    async def top(ctx: Context) -> list[str]:
+        own = ctx.step.options(id="own").start("named", lower)
+        derived = await ctx.step.run_workflow("derived", lower)
+        return [ctx.run.root, *derived, *await own.result()]
+
+    async with engine(tmp_path, lowest, lower, top) as first:
+        handle = await first.options(id="orders/1").start(top)
+        for deep in ("orders/1/derived/deep", "own/deep"):
+            await until(functools.partial(ask, tmp_path, f"SELECT 1 FROM perdure_runs WHERE id = '{deep}'"))
+    # Also where they are claimed again.
+    async with engine(tmp_path, lowest, lower, top) as second:
+        for deep in ("orders/1/derived/deep", "own/deep"):
+            await second.handle(deep).signal("go")
+        assert await second.handle(handle.id).result(timeout=60) == ["orders/1"] * 5
 
 
 async def test_children_in_all_three_styles(tmp_path: Path) -> None:

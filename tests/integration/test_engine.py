@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import sqlite3
 import threading
 import time
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +38,13 @@ from perdure import (
     StoreUnavailable,
     UnknownWorkflow,
     Worker,
+    activity,
     current_step,
     workflow,
 )
 from perdure.runtime.context import SyncContext
+from perdure.worker import shift as shift_module
+from perdure.worker.residents import Resident
 from tests.integration.helpers import AT_ONCE, ONCE, PATIENCE, ask, engine, kinds, status_of, until, url_of
 
 # --- life ----------------------------------------------------------------------------------------------
@@ -167,6 +172,60 @@ async def test_a_step_of_a_run_that_was_terminated_is_cancelled(tmp_path: Path) 
         await asyncio.wait_for(began.wait(), 10)
         await handle.terminate()
         await asyncio.wait_for(cancelled.wait(), 10)
+
+
+async def test_rules_of_a_retry_judge_an_attempt_that_took_too_long_too(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    async def slow(name: str) -> None:
+        calls.append(name)
+        await asyncio.sleep(60)
+
+    far = activity(name="far", queue="far", timeout=0.05, retry=Retry(first_delay=0, give_up_on=(TimeoutError,)))(slow)
+
+    @workflow
+    async def tries(ctx: Context) -> list[str]:
+        for name, rules in (
+            ("given up", {"give_up_on": (TimeoutError,)}),
+            ("not wanted", {"retry_if": lambda error: not isinstance(error, TimeoutError)}),
+            ("again", {}),
+        ):
+            retry = Retry(max_attempts=2, first_delay=0, **rules)
+            try:
+                await ctx.step.options(timeout=0.05, retry=retry).run(name, slow, name)
+            except StepTimedOut:
+                pass
+        try:
+            await ctx.step.run("far", far, "far")
+        except StepTimedOut:
+            pass
+        return []
+
+    async with engine(tmp_path, tries, activities=[far]) as it:
+        await (await it.start(tries)).result(timeout=60)
+        assert calls == ["given up", "not wanted", "again", "again", "far"]
+
+
+async def test_a_run_that_has_ended_is_gone_from_memory_whatever_its_timers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @workflow
+    async def waits(ctx: Context) -> str:
+        return str(await ctx.step.wait_signal("go", timeout=timedelta(days=7)))
+
+    async with engine(tmp_path, waits) as it:
+        for number in range(20):
+            handle = await it.start(waits)
+            await handle.signal("go", number)
+            assert await handle.result(timeout=60) == str(number)
+        gc.collect()
+        # The watchdog remembers the last one.
+        assert len([each for each in gc.get_objects() if type(each) is Resident]) <= 1
+        core: Any = it._core
+        assert len(core.shift._timers) <= 20
+        monkeypatch.setattr(shift_module, "FEW_TIMERS", 5)
+        await status_of(await it.start(waits), "waiting")
+        assert len(core.shift._timers) == 1
 
 
 async def test_a_quarantined_run_still_has_its_timeout(tmp_path: Path) -> None:
@@ -708,15 +767,18 @@ async def test_a_function_that_was_abandoned_takes_no_thread_from_others_and_one
         return "quick"
 
     @workflow
-    async def impatient(ctx: Context, first: float, second: float) -> str:
-        for name, seconds in (("first", first), ("second", second)):
-            ctx.step.options(timeout=seconds, retry=ONCE).start(name, hangs, name)
+    async def impatient(ctx: Context) -> str:
+        ctx.step.options(timeout=0.4, retry=ONCE).start("first", hangs, "first")
+        second = ctx.step.options(timeout=0.1, retry=ONCE).start("second", hangs, "second")
+        await ctx.step.sleep("a while", 0.2)
+        assert not second.done(), "its time counts from its beginning"
+        await second.cancel()
         return await ctx.step.run("quick", quick)
 
     try:
         async with engine(tmp_path, impatient, threads=1) as running:
-            # The second gives up while it waits for the thread, the first while it has it.
-            handle = await running.start(impatient, 0.4, 0.1)
+            # The second is given up while it waits for the thread, the first while it has it.
+            handle = await running.start(impatient)
             assert await handle.result(timeout=PATIENCE / 2) == "quick"
     finally:
         end.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +104,48 @@ async def test_a_function_for_which_there_is_no_thread_waits_for_one(monkeypatch
     assert called == ["in_thread"] * 4
     while executor.in_threads:
         await asyncio.sleep(0)
+
+
+async def test_what_has_waited_for_a_thread_asks_again_whether_it_may_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executing, "ASK_AGAIN", 0)
+    told.clear()
+    threads, sure = Threads(), True
+    executor = Executor(asyncio.get_running_loop(), threads, unexpected, may_begin=lambda: sure)
+    executor.begin(execution(in_thread))
+    executor.begin(execution(in_thread))
+    sure = False
+    threads.jobs.pop()()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert (told, threads.jobs) == (["in_thread"], [])
+    sure = True
+    while not threads.jobs:
+        await asyncio.sleep(0)
+    threads.jobs.pop()()
+    while len(told) < 2:
+        await asyncio.sleep(0)
+
+
+async def test_time_counts_from_the_beginning_of_a_function_and_not_while_it_waits_for_a_thread() -> None:
+    threads = Threads()
+    counting: list[int] = []
+
+    class Timer:
+        def __init__(self, number: int) -> None:
+            counting.append(number)
+
+        def cancel(self) -> None: ...
+
+    executor = Executor(asyncio.get_running_loop(), threads, unexpected)
+    for number in range(2):
+        attempt = execution(in_thread)
+        attempt.limit = functools.partial(Timer, number)
+        executor.begin(attempt)
+    assert counting == [0]
+    threads.jobs.pop()()
+    while not threads.jobs:
+        await asyncio.sleep(0)
+    assert counting == [0, 1]
 
 
 async def test_an_outcome_that_cannot_be_taken_is_told_of_and_costs_no_other() -> None:

@@ -54,10 +54,20 @@ def test_a_loop_that_answers_keeps_its_worker_alive() -> None:
     assert not site.heart.hangs
 
 
+def test_a_process_that_was_stopped_gives_its_loop_time_again() -> None:
+    site = Site()
+    assert site.beats_after(0)
+    assert site.beats_after(3 * HANGS * TTL), "nothing of it could answer"
+    for _ in range(3 * HANGS):
+        assert site.beats_after(TTL / 3)
+    assert not site.beats_after(TTL / 3), "but this loop still does not"
+
+
 def test_a_loop_that_does_not_answer_lets_the_lease_run_out(caplog: pytest.LogCaptureFixture) -> None:
     site = Site()
     assert site.beats_after(0)
-    assert site.beats_after(HANGS * TTL), "a long call is no death"
+    for _ in range(3 * HANGS):
+        assert site.beats_after(TTL / 3), "a long call is no death"
     with caplog.at_level(logging.ERROR):
         assert not site.beats_after(TTL / 3)
     assert "blocking call in an async step" in caplog.text

@@ -155,6 +155,14 @@ class Signature:
                 self._forms[key] = form
         return form
 
+    def rewritten(self, data: bytes) -> bytes:
+        """A stored input of somebody who did not know the signature, in its one form; as it is if it does not fit."""
+        args, kwargs = _parts.decode(data)
+        try:
+            return msgspec.json.encode(self.normalise(args, kwargs))
+        except TypeError:
+            return data  # whoever has the code says what is wrong with it
+
     def decode(self, data: bytes | str) -> tuple[list[Any], dict[str, Any]]:
         """The arguments of a stored input. A PayloadError names what no longer fits the signature."""
         try:
@@ -386,3 +394,18 @@ def _annotations(function: Any) -> dict[str, Any]:
 def _shown(parameter: Parameter) -> str:
     text = {"rest": "*", "more": "**"}.get(parameter.kind, "") + parameter.name
     return text if parameter.required or text.startswith("*") else f"{text} (optional)"
+
+
+_parts: Final[msgspec.json.Decoder[tuple[list[msgspec.Raw], dict[str, msgspec.Raw]]]] = msgspec.json.Decoder(
+    tuple[list[msgspec.Raw], dict[str, msgspec.Raw]]
+)
+
+ANY_CALL: Final = Signature(
+    "a workflow whose code is elsewhere", [Parameter("args", "rest", False), Parameter("kwargs", "more", False)]
+)
+"""Takes everything, and leaves it as it is."""
+
+
+def announced_signature(name: str, announced: Mapping[str, Any] | None) -> Signature:
+    """What a worker has announced of a function: its parameters without their types."""
+    return Signature(name, [Parameter(**each) for each in (announced or {}).get("parameters", ())])

@@ -29,7 +29,7 @@ from perdure.core.errors import timed_out
 from perdure.core.limits import ID_LENGTH, Limits, check_name
 from perdure.core.match import Op
 from perdure.core.retry import Retry
-from perdure.core.signature import Parameter, Signature, result_plan
+from perdure.core.signature import ANY_CALL, result_plan
 from perdure.runtime.registry import Activity, Workflow
 
 DEFAULT_RETRY: Final = Retry()
@@ -202,7 +202,6 @@ class RemoteCall:
         return failure.raised(error, step, self.raises, attempts=event.attempts)
 
 
-_FREE: Final = Signature("the child workflow", [Parameter("args", "rest", False), Parameter("kwargs", "more", False)])
 """How the input of a workflow is written whose code is elsewhere."""
 
 
@@ -429,7 +428,7 @@ def child(
     if workflow is not None:
         op.input = workflow.signature.encode(args, kwargs, limits=limits)
     else:
-        op.input = _FREE.encode(args, kwargs, limits=limits)
+        op.input = ANY_CALL.encode(args, kwargs, limits=limits)
     op.queue = str(options.queue if options.queue is not None else (workflow.queue if workflow else ""))
     op.run = options.id if options.id is not None else child_id(parent, id)
     spec.run = op.run

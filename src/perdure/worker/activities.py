@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from perdure.core import failure, retry
-from perdure.core.errors import LimitExceeded, PayloadError
+from perdure.core.errors import LimitExceeded, PayloadError, timed_out
 from perdure.core.failure import RecordedError
 from perdure.core.retry import Retry
 from perdure.core.turn import Busy, Committed, Mail, Row, Turn
 from perdure.core.waits import Wait, Waits, waits_text
-from perdure.runtime.steps import NO_OPTIONS, ActivityPolicy, LocalCall, Policy
+from perdure.runtime.steps import NO_OPTIONS, LocalCall, Policy
 from perdure.worker.executing import Execution, StepInfo
 from perdure.worker.remote_end import StartPolicy, policy_of, telling_parent
 from perdure.worker.residents import Fence, fence_of
@@ -24,22 +24,6 @@ if TYPE_CHECKING:
     from perdure.worker.shift import Shift
 
 log = logging.getLogger("perdure.worker")
-
-
-def start_policy(policy: ActivityPolicy) -> StartPolicy:
-    """The policy of a dispatched activity as its row keeps it; what is code stays with the worker."""
-    given = policy.retry
-    return StartPolicy(
-        retry={
-            "max_attempts": given.max_attempts,
-            "first_delay": given.first_delay.total_seconds(),
-            "factor": given.factor,
-            "max_delay": given.max_delay.total_seconds(),
-            "jitter": given.jitter,
-        },
-        timeout=None if policy.timeout is None else retry.micros(policy.timeout),
-        total_timeout=None if policy.total_timeout is None else retry.micros(policy.total_timeout),
-    )
 
 
 def policy_from(kept: StartPolicy, own: Retry) -> Retry:
@@ -108,9 +92,10 @@ class ActivityRun:
     def _begin(self) -> None:
         execution = self.execution
         assert execution is not None
-        if execution.call.policy.timeout is not None:
-            execution.timer = self.shift.loop.call_later(
-                execution.call.policy.timeout.total_seconds(), self.shift.safely, self, self._out_of_time, execution
+        timeout = execution.call.policy.timeout
+        if timeout is not None:
+            execution.limit = lambda: self.shift.loop.call_later(
+                timeout.total_seconds(), self.shift.safely, self, self._out_of_time, execution
             )
         self.shift.executor.begin(execution)
 
@@ -162,11 +147,9 @@ class ActivityRun:
     def _failed(self, execution: Execution, recorded: RecordedError, error: BaseException | None) -> None:
         call = execution.call
         spread = self.shift.spread()
-        if error is not None:
-            delay = retry.decide(call.policy.retry, error, self.attempt, spread)
-            failure.let_go(error)
-        else:
-            delay = retry.backoff(call.policy.retry, self.attempt, spread=spread)
+        raised = error if error is not None else timed_out(recorded.message)
+        delay = retry.decide(call.policy.retry, raised, self.attempt, spread)
+        failure.let_go(raised)
         now = self.shift.now()
         if delay is not None and call.policy.total_timeout is not None:
             over = self.row.created_at + retry.micros(call.policy.total_timeout)

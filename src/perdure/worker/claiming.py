@@ -163,6 +163,10 @@ class Housekeeper:
     def step(self) -> int:
         """One round; how many runs it moved."""
         self.shift.overdue_at = None  # what it leaves is left to the ordinary rounds
+        heart = self.shift.heartbeat
+        if heart is not None and not heart.valid:
+            # Who was stopped for a while lives again, and says so before it looks for the dead.
+            heart.step()
         reaped = self.store.reap()
         if reaped.workers or reaped.runs:
             self.shift.reaped_at = self.shift.monotonic()

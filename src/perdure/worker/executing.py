@@ -82,8 +82,8 @@ _entering: Final = threading.Lock()
 class Execution:
     """One attempt in flight."""
 
-    __slots__ = ("abandoned", "attempt", "began", "call", "counted", "done", "entered", "info", "leave", "step", "task",
-                 "timer")  # fmt: skip
+    __slots__ = ("abandoned", "attempt", "began", "call", "counted", "done", "entered", "info", "leave", "limit",
+                 "step", "task", "timer")  # fmt: skip
 
     def __init__(self, step: str, attempt: int, call: LocalCall, info: StepInfo, done: Done) -> None:
         self.step = step
@@ -93,6 +93,7 @@ class Execution:
         self.done = done
         self.abandoned = False
         self.task: asyncio.Task[Any] | None = None
+        self.limit: Callable[[], Any] | None = None  # begins to count its time, as `timer`
         self.timer: Any = None
         self.began = 0
         self.counted = False
@@ -103,6 +104,11 @@ class Execution:
     def of(self) -> Any:
         """The one whose method is told of its end."""
         return getattr(self.done, "__self__", None)
+
+    def begins(self) -> None:
+        """Its function is called in a moment: its time counts from now, not from when it began to wait for a thread."""
+        if self.limit is not None:
+            self.timer = self.limit()
 
     def enter(self) -> bool:
         """Asked by a thread that is about to call the function: whether it shall."""
@@ -136,13 +142,22 @@ class Executor:
     A task takes one async function after another, as long as each ends without having to wait; one that waits
     keeps its task, and another task goes on with the rest. So a step that does not wait costs no task of its own.
 
-    failed: called with the one whose method could not take an outcome, and why.
+    failed: called with the one whose method could not take an outcome, and why. may_begin: asked again for what has
+    waited for a thread.
     """
 
-    def __init__(self, loop: Any, threads: BodyThreads, failed: Callable[[Any, BaseException], None]) -> None:
+    def __init__(
+        self,
+        loop: Any,
+        threads: BodyThreads,
+        failed: Callable[[Any, BaseException], None],
+        *,
+        may_begin: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.loop = loop
         self.threads = threads
         self._failed = failed
+        self._may_begin = may_begin
         self._jobs: deque[Execution] = deque()
         self._runner_due = False
         self._ended: deque[tuple[Execution, Any, BaseException | None]] = deque()
@@ -155,6 +170,8 @@ class Executor:
     def begin(self, execution: Execution) -> None:
         """Run the execution's function where it belongs."""
         if execution.call.policy.on_loop:
+            if execution.limit is not None:
+                execution.begins()
             self._jobs.append(execution)
             if not self._runner_due:
                 self._more_runners()
@@ -338,8 +355,9 @@ class Executor:
             execution.leave = None
             self.in_threads -= 1
             self._waiting.appendleft((job, execution))
-            self._threadless = True
-            self.loop.call_later(ASK_AGAIN, self._ask_for_threads)
+            self._ask_later()
+        else:
+            execution.begins()
 
     def _thread_free(self, execution: Execution) -> None:
         """A thread is free again, or was left to itself. Twice is once."""
@@ -348,12 +366,19 @@ class Executor:
             self.in_threads -= 1
             self._next_in_threads()
 
+    def _ask_later(self) -> None:
+        self._threadless = True
+        self.loop.call_later(ASK_AGAIN, self._ask_for_threads)
+
     def _ask_for_threads(self) -> None:
         self._threadless = False
         self._next_in_threads()
 
     def _next_in_threads(self) -> None:
         while self._waiting and not self._threadless and self.in_threads < self.threads.limit:
+            if not self._may_begin():
+                self._ask_later()
+                return
             self.in_thread(*self._waiting.popleft())
 
 

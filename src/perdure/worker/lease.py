@@ -57,6 +57,8 @@ class Heartbeat:
         self._confirmed = clock()
         self._ask_loop = ask_loop
         self._asked_at: float | None = None  # since when the loop owes an answer
+        self._stepped_at = clock()
+        self._stepping = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -71,7 +73,16 @@ class Heartbeat:
         return self._asked_at is not None and self._clock() - self._asked_at > HANGS * self.ttl
 
     def step(self) -> None:
-        """One beat; tells `dead` if the incarnation has been reaped."""
+        """One beat; tells `dead` if the incarnation has been reaped. From any thread, one after the other."""
+        with self._stepping:
+            self._step()
+
+    def _step(self) -> None:
+        now = self._clock()
+        if self._asked_at is not None and now - self._stepped_at > self.ttl:
+            # This process was stopped, or its machine slept: not only the loop has not answered.
+            self._asked_at = now
+        self._stepped_at = now
         if self.hangs:
             # A heart that goes on beating would keep this worker's runs from those who could go on with them.
             log.error(

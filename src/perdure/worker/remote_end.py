@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from msgspec import Raw
 
 from perdure.core import events as ev
 from perdure.core.failure import NOTHING, RecordedError
+from perdure.core.retry import micros
 from perdure.core.turn import Mail, ParentLink, Send
+from perdure.runtime.steps import ActivityPolicy
 
 
 class RemoteEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -30,21 +32,40 @@ class StartPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     retry: dict[str, Any] | None = None
     timeout: int | None = None
     total_timeout: int | None = None
+    root: str = ""  # the id of the run above all, where this one's own id does not begin with it
 
+
+NO_POLICY: Final = StartPolicy()
 
 _encode = msgspec.json.encode
 _ends: msgspec.json.Decoder[RemoteEnd] = msgspec.json.Decoder(RemoteEnd)
 _policies: msgspec.json.Decoder[StartPolicy] = msgspec.json.Decoder(StartPolicy)
 
 
+def start_policy(policy: ActivityPolicy) -> StartPolicy:
+    """The policy of a dispatched activity as its row keeps it; what is code stays with the worker."""
+    given = policy.retry
+    return StartPolicy(
+        retry={
+            "max_attempts": given.max_attempts,
+            "first_delay": given.first_delay.total_seconds(),
+            "factor": given.factor,
+            "max_delay": given.max_delay.total_seconds(),
+            "jitter": given.jitter,
+        },
+        timeout=None if policy.timeout is None else micros(policy.timeout),
+        total_timeout=None if policy.total_timeout is None else micros(policy.total_timeout),
+    )
+
+
 def policy_text(policy: StartPolicy) -> str:
     """As it is stored; the default is nothing at all."""
-    return "" if policy == StartPolicy() else _encode(policy).decode()
+    return "" if policy == NO_POLICY else _encode(policy).decode()
 
 
 def policy_of(text: str) -> StartPolicy:
     """The policy a row keeps."""
-    return _policies.decode(text) if text else StartPolicy()
+    return _policies.decode(text) if text else NO_POLICY
 
 
 def telling_parent(

@@ -21,7 +21,14 @@ from msgspec import UNSET, Raw
 
 from perdure.core import events as ev
 from perdure.core import failure, retry, stored
-from perdure.core.errors import LimitExceeded, NeverRests, NonDeterminismError, PayloadError, StoreError
+from perdure.core.errors import (
+    LimitExceeded,
+    NeverRests,
+    NonDeterminismError,
+    PayloadError,
+    StoreError,
+    timed_out,
+)
 from perdure.core.failure import RecordedError
 from perdure.core.match import LOCAL, PENDING, Op
 from perdure.core.turn import (
@@ -40,9 +47,17 @@ from perdure.core.waits import Waits, read_waits, waits_text
 from perdure.runtime.context import ThisRun, step_key
 from perdure.runtime.loop import tell_unheard
 from perdure.runtime.play import NOTHING, Asked, Play
-from perdure.runtime.steps import LocalCall, RemoteCall
+from perdure.runtime.steps import ActivityPolicy, LocalCall, RemoteCall
 from perdure.worker.executing import Execution, StepInfo
-from perdure.worker.remote_end import StartPolicy, cancelling, input_of, policy_of, telling_parent
+from perdure.worker.remote_end import (
+    NO_POLICY,
+    StartPolicy,
+    cancelling,
+    input_of,
+    policy_of,
+    start_policy,
+    telling_parent,
+)
 from perdure.worker.waits import waits_of
 
 if TYPE_CHECKING:
@@ -56,7 +71,6 @@ FIRST_BACK_OFF: Final = 1_000_000
 LAST_BACK_OFF: Final = 300_000_000
 LONG_STEP: Final = 1_000_000
 """Microseconds after which a running step is put into `waits`, so that `why` can name it."""
-NO_POLICY: Final = StartPolicy()
 RUNNING: Final = "running"
 WAITING: Final = "waiting"
 
@@ -421,10 +435,8 @@ class Resident:
             error = failure.record(item.error, kind="payload" if refused else "failed")
         delay: timedelta | None = None
         if not item.final:
-            if isinstance(item.error, BaseException):
-                delay = retry.decide(call.policy.retry, item.error, item.attempt, self.shift.spread())
-            elif call.policy.retry.max_attempts is None or item.attempt < call.policy.retry.max_attempts:
-                delay = retry.backoff(call.policy.retry, item.attempt, spread=self.shift.spread())
+            raised = item.error if isinstance(item.error, BaseException) else timed_out(error.message)
+            delay = retry.decide(call.policy.retry, raised, item.attempt, self.shift.spread())
         facts: dict[str, Any] = {
             "at": now,
             "step": op.id,
@@ -551,13 +563,19 @@ class Resident:
     def _start_of(self, op: Op) -> Start:
         spec: RemoteCall = op.spec
         queue, timeout = op.queue, spec.timeout if op.kind == "child" else spec.policy.total_timeout
-        if spec.elsewhere and (not queue or timeout is None):
-            own_queue, own_timeout = self.shift.announced_of(op.name or "")
-            queue, timeout = queue or own_queue, timeout if timeout is not None else own_timeout
+        input = bytes(op.input)
+        if spec.elsewhere:
+            known = self.shift.announced_of(op.name or "")
+            queue, timeout = queue or known.queue, timeout if timeout is not None else known.timeout
+            input = known.signature.rewritten(input)
+        given = spec.policy if spec.policy is not None else StartPolicy(awaited=op.awaited)
+        policy = start_policy(given) if isinstance(given, ActivityPolicy) else given
+        if op.run.split("/")[0] != self.this.root:
+            policy = msgspec.structs.replace(policy, root=self.this.root)
         return self.shift.start_facts(
             workflow=op.name or "",
             id=op.run,
-            input=bytes(op.input).decode(),
+            input=input.decode(),
             # An activity is a step of this run, and its key is the step's.
             seed=step_key(self.seed, f"child:{op.id}") if op.kind == "child" else self.seed,
             kind="workflow" if op.kind == "child" else "activity",
@@ -565,7 +583,7 @@ class Resident:
             timeout=timeout,
             parent=ParentLink(run=self.key, step=op.id),
             parent_close=op.parent_close,
-            policy=spec.policy if spec.policy is not None else StartPolicy(awaited=op.awaited),
+            policy=policy,
             idempotency_key=spec.idempotency_key,
         )
 

@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from perdure.core import codec, stored
 from perdure.core import events as ev
@@ -26,7 +26,7 @@ from perdure.core.errors import NO_THREAD, PerdureError, StoreError
 from perdure.core.limits import Limits, limits_of
 from perdure.core.match import Op
 from perdure.core.retry import micros
-from perdure.core.signature import Signature
+from perdure.core.signature import ANY_CALL, Signature, announced_signature
 from perdure.core.turn import (
     Announced,
     Announcement,
@@ -40,14 +40,13 @@ from perdure.core.turn import (
 from perdure.runtime.context import ThisRun
 from perdure.runtime.drive_sync import BodyThreads, SyncDriver
 from perdure.runtime.registry import Registry
-from perdure.runtime.steps import ActivityPolicy
 from perdure.stores.contract import Store
 from perdure.worker import transacting
-from perdure.worker.activities import ActivityRun, start_policy
+from perdure.worker.activities import ActivityRun
 from perdure.worker.committer import Committer
 from perdure.worker.executing import ASK_AGAIN, OURS, Execution, Executor, soon
 from perdure.worker.lease import Heartbeat
-from perdure.worker.remote_end import StartPolicy, policy_text
+from perdure.worker.remote_end import NO_POLICY, StartPolicy, policy_of, policy_text
 from perdure.worker.residents import Fence, Outcome, Resident, fence_of, out_of_time, put_aside
 from perdure.worker.watchdog import Watched
 
@@ -60,8 +59,18 @@ KNOWN_FOR: Final = 10.0
 """Seconds for which an announcement is believed: a deploy may have changed it."""
 LOOK_AGAIN: Final = 5.0
 """Seconds after which the store's clock is asked again whether a timer has come: ours does not count what it slept."""
+FEW_TIMERS: Final = 1000
+"""So many timers of runs that have gone are no burden."""
 UNWIND_AFTER: Final = 1.0
 """Seconds after which a sync body that waits gives its thread back."""
+
+
+class Elsewhere(NamedTuple):
+    """A workflow whose code is in other workers."""
+
+    queue: str
+    timeout: timedelta | None
+    signature: Signature
 
 
 class Settings:
@@ -125,7 +134,9 @@ class Shift:
         self.spread = spread if spread is not None else _system_random.random
         self.now = store.now
         self.threads = BodyThreads(settings.threads)
-        self.executor = Executor(loop, self.threads, self.failed)
+        self.executor = Executor(
+            loop, self.threads, self.failed, may_begin=lambda: self.heartbeat is None or self.heartbeat.valid
+        )
         self.residents: dict[int, Resident] = {}
         self.parked: set[int] = set()
         self.activities: dict[int, ActivityRun] = {}
@@ -164,8 +175,7 @@ class Shift:
         self._turns = itertools.count(1)
         self._queue: deque[Callable[[], None]] = deque()
         self._held: list[Callable[[], None]] = []
-        self._timers: list[tuple[int, int, Resident]] = []
-        self._timer_count = 0
+        self._timers: list[tuple[int, int]] = []  # when, and whose: only that counts which the run still knows
         self._timer: Any = None
         self._timer_for: int | None = None
 
@@ -451,7 +461,7 @@ class Shift:
             attempt=row.attempt,
             max_attempts=1,
             parent=row.parent_id,
-            root=row.id.split("/")[0] if row.parent_id is not None else row.id,
+            root=row.id if row.parent_id is None else policy_of(row.policy).root or row.id.split("/")[0],
             created_micros=row.created_at,
         )
 
@@ -467,11 +477,10 @@ class Shift:
         timeout: timedelta | None = None,
         parent: ParentLink | None = None,
         parent_close: str = "cancel",
-        policy: StartPolicy | ActivityPolicy | None = None,
+        policy: StartPolicy = NO_POLICY,
         idempotency_key: str | None = None,
     ) -> Start:
         """The start of a child or an activity, as the store takes it."""
-        given = start_policy(policy) if isinstance(policy, ActivityPolicy) else policy
         now = self.now()
         return Start(
             namespace=self.settings.namespace,
@@ -485,17 +494,17 @@ class Shift:
             queue=queue,
             parent=parent,
             parent_close=parent_close,
-            awaited=given.awaited if given is not None else True,
+            awaited=policy.awaited,
             deadline_at=None if timeout is None else now + micros(timeout),
             language=LANGUAGE,
-            policy="" if given is None else policy_text(given),
+            policy=policy_text(policy),
             idempotency_scope=workflow,
             idempotency_key=idempotency_key,
             idempotency_until=None if idempotency_key is None else now + KEY_LASTS,
         )
 
-    def announced_of(self, workflow: str) -> tuple[str, timedelta | None]:
-        """The queue and timeout of a workflow whose code is elsewhere, as its workers announced them.
+    def announced_of(self, workflow: str) -> Elsewhere:
+        """What is known of a workflow whose code is elsewhere, as its workers announced it.
 
         Asked of the store on the loop, for the first of many and again after a while: a child whose start went to
         the wrong queue would wait there for ever.
@@ -510,9 +519,13 @@ class Shift:
                 log.warning("what was announced could not be read, children by name use what is known: %s", error)
         known = self._announced.get(workflow)
         if known is None:
-            return "default", None
+            return Elsewhere("default", None, ANY_CALL)
         timeout = (known.signature or {}).get("timeout")
-        return known.queue, None if timeout is None else timedelta(microseconds=timeout)
+        return Elsewhere(
+            known.queue,
+            None if timeout is None else timedelta(microseconds=timeout),
+            announced_signature(workflow, known.signature),
+        )
 
     def should_release(self, resident: Resident) -> bool:
         """Whether a parking run is one too many to keep in memory."""
@@ -626,8 +639,10 @@ class Shift:
 
     def wake_resident(self, resident: Resident, at: int) -> None:
         """Call its `tick` at that time."""
-        self._timer_count += 1
-        heapq.heappush(self._timers, (at, self._timer_count, resident))
+        heapq.heappush(self._timers, (at, resident.key))
+        if len(self._timers) > 2 * len(self.residents) + FEW_TIMERS:
+            self._timers = [(one.timer_at, key) for key, one in self.residents.items() if one.timer_at is not None]
+            heapq.heapify(self._timers)
         if self._timer_for is None or at < self._timer_for:
             self._set_timer(at)
 
@@ -651,8 +666,9 @@ class Shift:
         self._timer_for = None
         now = self.now()
         while self._timers and self._timers[0][0] <= now:
-            at, _, resident = heapq.heappop(self._timers)
-            if not resident.gone and resident.timer_at == at:
+            at, key = heapq.heappop(self._timers)
+            resident = self.residents.get(key)
+            if resident is not None and resident.timer_at == at:
                 self.safely(resident, resident.tick)
         if self._timers and not self.closed and self._timer_for is None:
             self._set_timer(self._timers[0][0])
@@ -701,12 +717,13 @@ class Shift:
         call = execution.call
         timeout = call.policy.timeout
         if timeout is not None:
-            execution.timer = self.loop.call_later(
+            execution.limit = lambda: self.loop.call_later(
                 timeout.total_seconds(), self.safely, resident, self._out_of_time, resident, execution
             )
         driver = resident.play.driver
         if not call.policy.on_loop and isinstance(driver, SyncDriver) and driver.may_execute(op):
             execution.leave = driver.leave
+            execution.begins()
             driver.execute(op, self.executor.job(execution, lambda: driver.finished(op)))
         else:
             self.executor.begin(execution)

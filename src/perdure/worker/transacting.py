@@ -116,15 +116,22 @@ class Attempt:
         shift = resident.shift
         resident.transacting = self
         resident.flight = (self.turn, Gathered())
-        seconds = self._seconds_left()
-        if seconds is not None:
-            execution.timer = shift.loop.call_later(seconds, shift.safely, resident, self._out_of_time)
+        if self._seconds_left() is not None:
+            if self._last:
+                execution.timer = self._clock()
+            else:
+                execution.limit = self._clock
         driver = resident.play.driver
         if isinstance(driver, SyncDriver) and driver.may_execute(op):
             self._after = lambda: driver.finished(op)
+            execution.begins()
             driver.execute(op, self._make)
         else:
             shift.executor.in_thread(self._make, execution)
+
+    def _clock(self) -> Any:
+        shift = self.resident.shift
+        return shift.loop.call_later(self._seconds_left() or 0, shift.safely, self.resident, self._out_of_time)
 
     def _seconds_left(self) -> float | None:
         """How long the attempt may take: its timeout, or what is left of the step's total_timeout."""
@@ -132,7 +139,7 @@ class Attempt:
         seconds = None if timeout is None else timeout.total_seconds()
         deadline = self.resident.deadlines.get(self.execution.step)
         if deadline is not None:
-            left = max(deadline - self.at, 0) / 1_000_000
+            left = max(deadline - self.resident._now(), 0) / 1_000_000
             if seconds is None or left < seconds:
                 self._last = True
                 return left

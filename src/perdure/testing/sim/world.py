@@ -131,6 +131,7 @@ class SimExecutor(Executor):
         self.on_body: threading.Lock | None = None
 
     def in_thread(self, job: Callable[[], None], execution: Any) -> None:
+        execution.begins()
         self.loop.call_soon(job)
 
     def job(self, execution: Any, after: Callable[[], None] | None = None) -> Callable[[], None]:
