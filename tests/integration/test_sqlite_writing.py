@@ -9,13 +9,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from perdure.core.errors import StoreLocked
 from perdure.core.status import Status
-from perdure.core.turn import Batch, Begun, Committed, Kept, Send
-from perdure.stores.sqlite import SQLiteStore
+from perdure.core.turn import Batch, Begun, Committed, Kept, ParentLink, Query, Send
+from perdure.stores.sqlite import SQLiteStore, connections
 from perdure.stores.sqlite.queries import SIZES, SQL
 from tests.integration.sqlite_story import announced, claiming, first_turn, start, started, taking
 
@@ -52,6 +54,40 @@ def test_a_batch_is_few_executions_however_large(store: SQLiteStore, number: int
     assert [type(one) for one in committed] == [Begun] * number + [Kept] * number + [Committed] * number
     events = ["INSERT"] * (2 if number == 256 else 1)  # 512 events are two executions
     assert executed == ["BEGIN", "INSERT", "SELECT", "UPDATE", *events, "INSERT", "UPDATE", "COMMIT"]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="a connection's limits can be set since Python 3.11")
+def test_what_one_text_cannot_hold_is_read_row_by_row(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # SQLite holds a thousand million bytes in one text; as many as 10,000 messages of 2 MB do not fit.
+    connect = connections.connect
+
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        db = connect(*args, **kwargs)
+        db.setlimit(0, 20_000)  # SQLITE_LIMIT_LENGTH
+        return db
+
+    monkeypatch.setattr(connections, "connect", limited)
+    large = "x" * 9_000
+    with closing(SQLiteStore(path)) as store:
+        announced(store)
+        parent = started(store, "parent")
+        for number in range(4):
+            link = ParentLink(run=parent, step=f"s{number}")
+            store.write(Batch(starts=[start(f"child {number}", parent=link, input=f'[["{large}"],{{}}]')]))
+            store.write(Batch(sends=[Send(to=parent, id=str(number), kind="signal", data=f'"{large}"', limit=10)]))
+        heads = claiming(store)
+        assert {len(head.mail) for head in heads} == {0, 4}
+        assert [mail.id for mail in store.mailbox(parent)] == ["0", "1", "2", "3"]
+        assert [mail.id for mail in store.mail("w")] == ["0", "1", "2", "3"]
+        children = store.children(parent)
+        assert [row.id for row in children] == [f"child {number}" for number in range(4)]
+        assert [row.id for row in store.rows([row.key for row in children])] == [row.id for row in children]
+        assert len(store.list(Query(namespace="default", limit=10))) == 5
+        assert len(store.list(Query(namespace="default", parent=parent, limit=10))) == 4
+        [head] = [head for head in heads if head.row.key == parent]
+        turn = replace(first_turn(parent), epoch=head.row.epoch, events=[f'"{large}"'] * 4)
+        assert store.write(Batch(turns=[turn])) == [Committed(run=parent)]
+        assert len(store.history(parent)) == 5
 
 
 def test_write_at_once_waits_for_nobody(path: Path) -> None:

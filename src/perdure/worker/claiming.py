@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from perdure.core import events as ev
 from perdure.core import stored
-from perdure.core.errors import PerdureError
+from perdure.core.errors import PerdureError, StoreError
 from perdure.core.turn import Batch, Claim, Head, Key, Turn
 from perdure.stores.contract import Store
 from perdure.worker.ending import end_without_code, what_it_did
@@ -179,9 +179,14 @@ class Housekeeper:
                 status, reason = "timed_out", "It did not end before its timeout."
             else:
                 status, reason = "quarantined", what_it_did(row)
-            turn = end_without_code(self.store, row, status, reason=reason, turn_id=self.shift.turn_id())
-            self.store.write(Batch(turns=[turn]))
-            moved += 1
+            try:
+                turn = end_without_code(self.store, row, status, reason=reason, turn_id=self.shift.turn_id())
+                self.store.write(Batch(turns=[turn]))
+                moved += 1
+            except StoreError as error:
+                if error.retryable:
+                    raise
+                log.error("run %s cannot be ended as %s: %s", row.id, status, error)
         self._look_for_ended()
         moved += self._hand_strays_back()
         self.shift._soon(self._look_around)

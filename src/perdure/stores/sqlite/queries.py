@@ -35,6 +35,9 @@ def _load() -> dict[str, str]:
 
 SQL: Final = _load()
 
+SINGLY: Final = {name: text.replace("json_group_array(", "(", 1) for name, text in SQL.items()}
+"""The same with one JSON text for each row found, where one text could not hold them all."""
+
 SIZES: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """How many rows one execution takes; the next size up is filled with nulls, which match and insert nothing."""
 

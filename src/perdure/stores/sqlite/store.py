@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from sqlite3 import Connection
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import quote, urlencode
 
 import msgspec
@@ -44,7 +44,7 @@ from perdure.stores.refused import item_refused
 from perdure.stores.sqlite import connections, migrations, place, pruning
 from perdure.stores.sqlite.borrowed import borrowed
 from perdure.stores.sqlite.errors import locked, ours
-from perdure.stores.sqlite.queries import SQL, Rows
+from perdure.stores.sqlite.queries import SINGLY, SQL, Rows
 from perdure.stores.sqlite.transaction import StepConnection, Steps, StepTransaction
 from perdure.stores.sqlite.writing import Short, Unfit, Writing
 
@@ -57,6 +57,8 @@ IDLE: Final = 1.0  # seconds without a write after which the write-ahead log is 
 FOREVER: Final = 2**63 - 1
 
 STATUSES: Final = json.dumps([status.value for status in Status])
+
+T = TypeVar("T")
 
 _rows = msgspec.json.Decoder(list[Row]).decode
 _row = msgspec.json.Decoder(Row).decode
@@ -215,9 +217,11 @@ class SQLiteStore:
             keys = json.dumps(chosen)
             db.execute(SQL["take"], (claim.incarnation, now, keys))
             db.execute(SQL["readdress_mail"], (keys,))
-            rows = {row.key: row for row in _rows(db.execute(SQL["rows"], (keys,)).fetchone()[0])}
-            mail = _by_run(_mail(db.execute(SQL["mail_of_runs"], (keys,)).fetchone()[0]))
-        return [Head(row=rows[key], mail=tuple(mail.get(key, ()))) for key in chosen]
+        # They are ours, so nobody has to wait until they are read. One that was ended meanwhile is not.
+        with self._read() as db:
+            rows = {row.key: row for row in _listed(db, "rows", (keys,), _rows) if row.owner == claim.incarnation}
+            mail = _by_run(_listed(db, "mail_of_runs", (keys,), _mail))
+        return [Head(row=rows[key], mail=tuple(mail.get(key, ()))) for key in chosen if key in rows]
 
     def announce(self, announcement: Announcement) -> Lease:
         incarnation = announcement.incarnation
@@ -317,18 +321,27 @@ class SQLiteStore:
 
     def history(self, run: Key, after: int = 0) -> list[str]:
         events: list[str] = []
+        chunk = CHUNK
         while True:
-            number, text = self._ask("history", (run, after + len(events), CHUNK))
+            with self._read() as db:
+                try:
+                    number, text = db.execute(SQL["history"], (run, after + len(events), chunk)).fetchone()
+                except sqlite3.DataError:
+                    # More than one text can hold.
+                    if chunk == 1:
+                        raise
+                    chunk = 1
+                    continue
             if number:
                 events += text.split("\x1e")
-            if number < CHUNK:
+            if number < chunk:
                 return events
 
     def histories(self, runs: Sequence[Key]) -> dict[Key, list[str]]:
         return {run: self.history(run) for run in runs}
 
     def mail(self, incarnation: str) -> list[Mail]:
-        mail = _mail(self._ask("mail_of_owner", (incarnation,))[0])
+        mail = self._list("mail_of_owner", (incarnation,), _mail)
         mail.sort(key=lambda message: (message.run, message.position))
         return mail
 
@@ -336,7 +349,7 @@ class SQLiteStore:
         return True
 
     def mailbox(self, run: Key) -> list[Mail]:
-        mail = _mail(self._ask("mail_of_runs", (f"[{run}]",))[0])
+        mail = self._list("mail_of_runs", (f"[{run}]",), _mail)
         mail.sort(key=lambda message: message.position)
         return mail
 
@@ -348,7 +361,7 @@ class SQLiteStore:
         return None if found is None else _row(found[0])
 
     def rows(self, keys: Sequence[Key]) -> list[Row]:
-        return _rows(self._ask("rows", (json.dumps(list(keys)),))[0])
+        return self._list("rows", (json.dumps(list(keys)),), _rows)
 
     def ended(self, keys: Sequence[Key]) -> list[Key]:
         return _keys(self._ask("ended", (json.dumps(list(keys)),))[0])
@@ -361,7 +374,7 @@ class SQLiteStore:
             return dict(db.execute(SQL["counts_of_queue"], (namespace, workflows, queue)).fetchall())
 
     def children(self, run: Key) -> list[Row]:
-        return _rows(self._ask("children", (run,))[0])
+        return self._list("children", (run,), _rows)
 
     def suspects(self, claim: Claim) -> bool:
         served = [(name, "workflow") for name in claim.workflows] + [(name, "activity") for name in claim.activities]
@@ -369,7 +382,7 @@ class SQLiteStore:
         return bool(self._ask("suspects", asked)[0])
 
     def overdue(self, *, limit: int = 100) -> list[Row]:
-        return _rows(self._ask("overdue", (self._clock(), limit, limit, limit))[0])
+        return self._list("overdue", (self._clock(), limit, limit, limit), _rows)
 
     def announced(self, namespace: str) -> list[Announced]:
         with self._read() as db:
@@ -605,6 +618,10 @@ class SQLiteStore:
         with self._read() as db:
             return db.execute(SQL[query], parameters).fetchone()
 
+    def _list(self, query: str, parameters: tuple[Any, ...], decode: Callable[[str], list[T]]) -> list[T]:
+        with self._read() as db:
+            return _listed(db, query, parameters, decode)
+
     def _check_open(self) -> None:
         if self._closed:
             raise StoreError(f"The store {self.url} is closed. Nothing was done. Open a new one.", store=self.url)
@@ -687,12 +704,9 @@ class SQLiteStore:
             workflows = _workflows(db, query.namespace, query.workflow)
             bounds = (cursor, after, before, query.limit)
             if query.parent is not None:
-                found = db.execute(
-                    SQL["page_of_children"], (query.parent, query.namespace, workflows, statuses, *bounds)
-                )
-            else:
-                found = db.execute(SQL["page"], (workflows, statuses, query.namespace, *bounds, query.limit))
-            return _rows(found.fetchone()[0])
+                asked = (query.parent, query.namespace, workflows, statuses, *bounds)
+                return _listed(db, "page_of_children", asked, _rows)
+            return _listed(db, "page", (workflows, statuses, query.namespace, *bounds, query.limit), _rows)
 
 
 class _Heard(NamedTuple):
@@ -768,6 +782,15 @@ def _offered(db: Connection, claim: Claim, now: int, queues: str, names: str) ->
         )
     offered: list[list[int]] = json.loads(found.fetchone()[0])
     return offered
+
+
+def _listed(db: Connection, query: str, parameters: tuple[Any, ...], decode: Callable[[str], list[T]]) -> list[T]:
+    """What a statement has found, read as one text: reading many would give up the GIL for each."""
+    try:
+        return decode(db.execute(SQL[query], parameters).fetchone()[0])
+    except sqlite3.DataError:
+        # More than one text can hold (a thousand million bytes).
+        return [item for (text,) in db.execute(SINGLY[query], parameters) for item in decode(f"[{text}]")]
 
 
 def _by_run(mail: Sequence[Mail]) -> dict[Key, list[Mail]]:
