@@ -287,6 +287,42 @@ async def test_what_a_function_leaves_in_its_connection_reaches_no_other(folder:
     assert effects(folder) == []
 
 
+def sets_a_pragma(db: sqlite3.Connection) -> None:
+    db.execute("PRAGMA ignore_check_constraints = ON")
+
+
+def makes_a_function(db: sqlite3.Connection) -> None:
+    db.create_function("lower", 1, lambda text: "not lower")
+
+
+def looks(db: sqlite3.Connection) -> list[Any]:
+    [ignored] = db.execute("PRAGMA ignore_check_constraints").fetchone()
+    return [ignored, *db.execute("SELECT lower('A')").fetchone()]
+
+
+def takes_the_hooks_away(db: sqlite3.Connection) -> None:
+    db.set_authorizer(None)
+
+
+@workflow
+async def sets_things(ctx: Context) -> list[Any]:
+    await ctx.step.transaction("a", sets_a_pragma)
+    first = await ctx.step.transaction("b", looks)
+    await ctx.step.transaction("c", makes_a_function)
+    second = await ctx.step.transaction("d", looks)
+    await ctx.step.options(retry=ONCE).transaction("e", takes_the_hooks_away)
+    return [first, second]
+
+
+async def test_what_a_function_has_set_is_not_there_for_the_next(folder: Path) -> None:
+    async with engine(folder, sets_things) as here:
+        handle = await here.start(sets_things)
+        with pytest.raises(RunFailed, match="would take away what keeps"):
+            await handle.result(timeout=10)
+        found = [event.data["value"] for event in await handle.history() if event.step in ("b", "d")]
+    assert found == [[0, "a"], [0, "a"]]
+
+
 # --- refused at the call
 
 

@@ -73,9 +73,13 @@ class Heartbeat:
         return self._asked_at is not None and self._clock() - self._asked_at > HANGS * self.ttl
 
     def step(self) -> None:
-        """One beat; tells `dead` if the incarnation has been reaped. From any thread, one after the other."""
+        """One beat; tells `dead` if the incarnation has been reaped. From any thread, one after the other.
+
+        Nothing once it was stopped.
+        """
         with self._stepping:
-            self._step()
+            if not self._stop.is_set():
+                self._step()
 
     def _step(self) -> None:
         now = self._clock()

@@ -10,6 +10,7 @@ unless something of the last one is left in it.
 
 from __future__ import annotations
 
+import functools
 import sqlite3
 import threading
 import time
@@ -31,6 +32,7 @@ LOOK: Final = 0.1
 """Seconds between two looks at whether the limit has passed; they end a while after the last transaction."""
 IDLE_LOOKS: Final = 50
 TRANSACTION: Final = 22  # SQLITE_TRANSACTION, named in `sqlite3` since Python 3.11
+PRAGMA: Final = 19  # SQLITE_PRAGMA
 # Texts that no function gives: SQLite asks who may end the transaction when it compiles a statement, and a connection
 # that is used again keeps those that it has compiled.
 BEGIN: Final = "BEGIN IMMEDIATE /* of a step */"
@@ -42,6 +44,19 @@ OWN_END: Final = (
 )
 
 
+OWN_HOOK: Final = (
+    "{} on the connection of a transaction step would take away what keeps the step's transaction and its record "
+    "together. Leave it out, or open a connection of your own in an ordinary step."
+)
+SETTERS: Final = frozenset(
+    {
+        *("create_function", "create_aggregate", "create_window_function", "create_collation"),
+        *("set_trace_callback", "enable_load_extension", "load_extension", "setlimit", "setconfig"),
+    }
+)
+"""What of a connection outlives the step that calls it."""
+
+
 class Guard:
     """What a connection asks before each call: may its function still work with it?"""
 
@@ -50,6 +65,7 @@ class Guard:
         self.lock = threading.RLock()  # held while a statement runs: nobody rolls back meanwhile
         self.step: StepTransaction | None = None
         self.denied = ""
+        self.changed = False  # a function has set something that the next one would find
 
     @property
     def open(self) -> bool:
@@ -81,6 +97,8 @@ class Guard:
         if action == TRANSACTION and self.open:
             self.denied = str(facts[0])
             return sqlite3.SQLITE_DENY
+        if action == PRAGMA and facts[1] is not None:
+            self.changed = True
         return sqlite3.SQLITE_OK
 
     def goes_on(self) -> int:
@@ -152,8 +170,31 @@ class StepConnection(Connection):
     def __enter__(self) -> Any:
         raise RuntimeError(OWN_END.format("`with connection:`, which commits at its end,"))
 
+    def set_authorizer(self, *args: Any, **named: Any) -> None:
+        raise RuntimeError(OWN_HOOK.format("set_authorizer()"))
+
+    def set_progress_handler(self, *args: Any, **named: Any) -> None:
+        raise RuntimeError(OWN_HOOK.format("set_progress_handler()"))
+
     def _checked(self) -> _Checked:
         return _Checked(self)
+
+
+def _noted(name: str) -> Callable[..., Any]:
+    """The method of this name, noting that the connection is not as it was."""
+    method = getattr(Connection, name)
+
+    @functools.wraps(method)
+    def sets(self: StepConnection, *args: Any, **named: Any) -> Any:
+        self._guard.changed = True
+        return method(self, *args, **named)
+
+    return sets
+
+
+for _name in SETTERS:
+    if hasattr(Connection, _name):  # some came with later versions of Python, or are left out where it is built
+        setattr(StepConnection, _name, _noted(_name))
 
 
 class _Checked:
@@ -282,7 +323,7 @@ class StepTransaction:
 
 def _is_clean(db: StepConnection) -> bool:
     """Whether the next function finds the connection as this one did."""
-    if getattr(db, "autocommit", -1) != -1:  # of Python 3.12 and later; -1 is the way it was made
+    if db._guard.changed or getattr(db, "autocommit", -1) != -1:  # of Python 3.12 and later; -1 is how it was made
         return False
     db.row_factory = None
     db.text_factory = str
@@ -370,8 +411,8 @@ class Steps:
         if db is None:
             db = self._connect(StepConnection)
             guard = db._guard = Guard(self._url)
-            db.set_authorizer(guard.may)
-            db.set_progress_handler(guard.goes_on, 10_000)
+            Connection.set_authorizer(db, guard.may)
+            Connection.set_progress_handler(db, guard.goes_on, 10_000)
         try:
             plain = Plain(db)
             plain.execute(BEGIN)
