@@ -8,6 +8,7 @@ import asyncio
 import json
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,23 @@ class Declined(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(f"declined: {code}")
         self.code = code
+
+
+async def test_the_longest_pauses_travel_with_it(tmp_path: Path) -> None:
+    patient = activity(name="patient", queue="far", retry=Retry(max_delay=timedelta.max, first_delay=0.000_001))
+
+    @patient
+    def fails_once() -> str:
+        if current_step().attempt == 1:
+            raise ValueError("not yet")
+        return "at last"
+
+    @workflow
+    async def waits(ctx: Context) -> str:
+        return await ctx.step.run("a", fails_once)
+
+    async with engine(tmp_path, waits, activities=[fails_once]) as it:
+        assert await (await it.start(waits)).result(timeout=60) == "at last"
 
 
 async def test_it_runs_on_its_own_queue_and_its_result_comes_back(tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
 from perdure.core.errors import StoreLocked
-from perdure.core.turn import Address, Batch, Begun, Existing, Finished, Send, Verdict
+from perdure.core.turn import Address, Batch, Begun, Existing, Finished, Send, Turn, Verdict
 from perdure.stores.memory import MemoryStore
 from perdure.testing.conformance.story import start
 from perdure.worker import committer as module
@@ -179,3 +180,19 @@ def test_starts_that_were_not_taken_keep_their_order(monkeypatch: pytest.MonkeyP
     assert len(it._starts) == len(before)
     assert [one.id for one in it.take().batch.starts] == ["a", "b", "c"]
     assert list(it._starts) == [before[2], before[4]]
+
+
+def test_a_batch_takes_no_more_than_a_few_large_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_TEXT", 2500)
+    it, _ = committer(Slow())
+    for number in range(4):
+        it.send(msgspec.structs.replace(letter(number), data="x" * 1000), nothing)
+        it.start(start(f"run {number}", input="x" * 1000), nothing)
+    fence: dict[str, Any] = {"run": 1, "owner": "w", "epoch": 1, "version": 1, "last": "", "id": "t", "first_seq": 1}
+    it.turn(Turn(**fence, status="running", events=["x" * 1000]), nothing)
+    sizes = []
+    while it.waiting:
+        taken = it.take()
+        sizes.append((len(taken.turns), len(taken.sends), len(taken.starts)))
+    # One of each kind in any case: nothing is too large to be written, or waits for ever behind what is.
+    assert sizes == [(1, 2, 1), (0, 2, 1), (0, 0, 2)]

@@ -30,7 +30,8 @@ def policy_from(kept: StartPolicy, own: Retry) -> Retry:
     """The caller's numbers with the function's own rules: exception types and predicates do not travel."""
     if kept.retry is None:
         return own
-    return Retry(**kept.retry, give_up_on=own.give_up_on, retry_if=own.retry_if)
+    delays = {name: timedelta(microseconds=kept.retry[name]) for name in ("first_delay", "max_delay")}
+    return Retry(**{**kept.retry, **delays}, give_up_on=own.give_up_on, retry_if=own.retry_if)
 
 
 class ActivityRun:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -283,8 +284,10 @@ class Serving:
     def _rest(self, pause: Callable[[], float]) -> None:
         """Wait as long as `pause` says, and listen whether it says otherwise now."""
         began = time.monotonic()
+        # Threads that began together do not wake together for ever.
+        spread = random.uniform(0.8, 1.0)
         while not self._stop.is_set():
-            left = began + pause() - time.monotonic()
+            left = began + pause() * spread - time.monotonic()
             if left <= 0:
                 return
             self._stop.wait(min(left, LISTEN))

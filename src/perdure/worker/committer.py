@@ -28,7 +28,8 @@ Answer = Callable[[Any], None]
 
 MOST: Final = 1000
 """Items in one batch: enough to share an fsync, few enough that the first does not wait for the last."""
-
+MOST_TEXT: Final = 16_000_000
+"""Characters after which a batch takes one more of each kind at most: writing them takes a while."""
 
 FEW: Final = 4
 EARLY: Final = 64
@@ -162,9 +163,9 @@ class Committer:
         sends: list[tuple[Send, Answer]] = []
         turns: list[tuple[Turn, Answer]] = []
         try:
-            _move(self._turns, turns)
-            _move(self._sends, sends)
-            self._move_starts(starts, later)
+            room = _move(self._turns, turns, MOST_TEXT, _text_of_turn)
+            room = _move(self._sends, sends, room, _text_of_send)
+            self._move_starts(starts, later, room)
             batch = Batch(
                 starts=[start for start, _ in starts],
                 sends=[send for send, _ in sends],
@@ -238,14 +239,15 @@ class Committer:
             self._answered -= len(answers)
             raise
 
-    def _move_starts(self, starts: list[tuple[Start, Answer]], later: list[tuple[Start, Answer]]) -> None:
+    def _move_starts(self, starts: list[tuple[Start, Answer]], later: list[tuple[Start, Answer]], room: int) -> None:
         """Take starts whose ids and keys differ; those that come too early for that go to `later`."""
         ids: set[tuple[str, ...]] = set()
         for _ in range(len(self._starts)):
-            if len(starts) >= MOST:
+            if len(starts) >= MOST or (room <= 0 and starts):
                 break
             item = self._starts[0]
             start = item[0]
+            room -= len(start.input)
             names: list[tuple[str, ...]] = [(start.namespace, start.id)]
             if start.idempotency_key is not None:
                 names.append((start.namespace, start.idempotency_scope, start.idempotency_key))
@@ -295,11 +297,31 @@ class Committer:
         return bool(here) or named
 
 
-def _move(waiting: deque[Any], taken: list[Any]) -> None:
-    """As many as fit into a batch, none of which is ever in neither."""
+def _move(waiting: deque[Any], taken: list[Any], room: int, text: Callable[[Any], int]) -> int:
+    """As many as fit into a batch, none of which is ever in neither; the characters that there is still room for."""
     for _ in range(min(len(waiting), MOST)):
-        taken.append(waiting[0])
+        if room <= 0 and taken:
+            break
+        item = waiting[0]
+        room -= text(item[0])
+        taken.append(item)
         waiting.popleft()
+    return room
+
+
+def _text_of_send(send: Send) -> int:
+    return len(send.data)
+
+
+def _text_of_turn(turn: Turn) -> int:
+    size = 0
+    for event in turn.events:
+        size += len(event)
+    for start in turn.starts:
+        size += len(start.input)
+    for send in turn.sends:
+        size += len(send.data)
+    return size
 
 
 class CommitterThread:

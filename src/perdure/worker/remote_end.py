@@ -48,9 +48,9 @@ def start_policy(policy: ActivityPolicy) -> StartPolicy:
     return StartPolicy(
         retry={
             "max_attempts": given.max_attempts,
-            "first_delay": given.first_delay.total_seconds(),
+            "first_delay": micros(given.first_delay),
             "factor": given.factor,
-            "max_delay": given.max_delay.total_seconds(),
+            "max_delay": micros(given.max_delay),
             "jitter": given.jitter,
         },
         timeout=None if policy.timeout is None else micros(policy.timeout),
