@@ -303,7 +303,10 @@ CROSS JOIN LATERAL (
         ORDER BY newest.generation DESC LIMIT 1
     )
 ) AS found
-JOIN perdure.runs AS run ON run.key = found.key
+CROSS JOIN LATERAL (
+    -- OFFSET 0: one by one, as PostgreSQL 13 would rather walk along all runs.
+    SELECT one.* FROM perdure.runs AS one WHERE one.key = found.key OFFSET 0
+) AS run
 ORDER BY start.place, found.by_key DESC;
 
 -- name: judge_sends
