@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Final, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, Protocol, TypeVar, overload
 
 import msgspec
 
@@ -78,6 +78,9 @@ from perdure.worker.ending import end_without_code
 from perdure.worker.executing import soon
 from perdure.worker.remote_end import CANCEL
 from perdure.worker.shift import LANGUAGE, Shift
+
+if TYPE_CHECKING:
+    from perdure import sync as sync_
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -447,7 +450,7 @@ class Client:
         await self._core.close()
 
     @property
-    def sync(self) -> Any:
+    def sync(self) -> sync_.Client:
         """The blocking face of the same open client, for threads that are not its loop's."""
         from perdure.sync import face_of  # It imports this module.
 

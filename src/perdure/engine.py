@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from perdure.client import Client, Core, _no_codec
 from perdure.core.errors import StoreError
@@ -21,6 +21,9 @@ from perdure.worker.committer import CommitterThread
 from perdure.worker.shift import Settings, Shift
 from perdure.worker.suspects import Suspects, Unimportable, instructions
 from perdure.worker.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from perdure import sync as sync_
 
 log = logging.getLogger("perdure.worker")
 
@@ -177,6 +180,13 @@ class Engine(Client):
         self._core = _serving(
             store, workflows, activities, namespace, queues, concurrency, threads, resident, lease, limits, name
         )
+
+    @property
+    def sync(self) -> sync_.Engine:
+        """The blocking face of the same open engine, for threads that are not its loop's."""
+        face: Any = super().sync
+        engine: sync_.Engine = face
+        return engine
 
     async def close(self) -> None:
         """Drain, hand the runs back, give the store back. Twice is once."""

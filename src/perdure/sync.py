@@ -10,15 +10,17 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from datetime import datetime, timedelta
 from queue import SimpleQueue
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypedDict, TypeVar, overload
 
 from perdure.client import Client as AsyncClient
 from perdure.client import RunHandle as AsyncHandle
 from perdure.client import callers_transaction
+from perdure.core.limits import Limits
 from perdure.core.status import Status
 from perdure.core.turn import Batch, Verdict
 from perdure.engine import GRACE
@@ -28,7 +30,7 @@ from perdure.info import Event, RunInfo, RunPage
 from perdure.runtime import inside
 from perdure.runtime.context import SyncContext as Context
 from perdure.runtime.context import SyncPending as Pending
-from perdure.runtime.registry import Workflow
+from perdure.runtime.registry import Activity, Workflow
 from perdure.stores.contract import Store
 
 if TYPE_CHECKING:
@@ -53,6 +55,27 @@ class _Options(TypedDict, total=False):
     delay: timedelta | float | None
     queue: str | None
     timeout: timedelta | float | None
+
+
+class _ClientSettings(TypedDict, total=False):
+    """What `Client` takes besides the store."""
+
+    namespace: str
+    limits: Limits | None
+    codec: Any
+
+
+class _EngineSettings(_ClientSettings, total=False):
+    """What `Engine` and `Worker` take besides the store."""
+
+    workflows: Iterable[Workflow[Any, Any] | ModuleType]
+    activities: Iterable[Activity[Any, Any] | ModuleType]
+    queues: Sequence[str]
+    concurrency: int
+    threads: int
+    resident: int
+    lease: float
+    name: str | None
 
 
 class _Filters(TypedDict, total=False):
@@ -179,12 +202,12 @@ class _Loop:
 class Client:
     """As `perdure.Client`, without `await`; from any thread."""
 
-    _twin: type[AsyncClient] = AsyncClient
+    _async: AsyncClient
     _connection: Any = None
 
-    def __init__(self, store: Any = None, **options: Any) -> None:
+    def __init__(self, store: str | Store | None = None, **settings: Unpack[_ClientSettings]) -> None:
         self._loop = _Loop()
-        self._async: AsyncClient = self._twin(store, **options)
+        self._async = AsyncClient(store, **settings)
 
     @classmethod
     def _over(cls: type[C], twin: AsyncClient, loop: _Loop) -> C:
@@ -246,15 +269,17 @@ class Client:
 class Engine(Client):
     """As `perdure.Engine`, without `await`: `with Engine(...) as engine`."""
 
-    _twin = AsyncEngine
+    def __init__(self, store: str | Store | None = None, **settings: Unpack[_EngineSettings]) -> None:
+        self._loop = _Loop()
+        self._async = AsyncEngine(store, **settings)
 
 
 class Worker:
     """As `perdure.Worker`, without `await`: `run()` blocks until SIGTERM, or until another thread calls `stop()`."""
 
-    def __init__(self, store: Any = None, **options: Any) -> None:
+    def __init__(self, store: str | Store | None = None, **settings: Unpack[_EngineSettings]) -> None:
         self._loop = _Loop()
-        self._async = AsyncWorker(store, **options)
+        self._async = AsyncWorker(store, **settings)
 
     def run(self) -> None:
         """As `Worker.run`. Signals reach the main thread only: in another, `stop()` is the only end."""
