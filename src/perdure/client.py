@@ -721,9 +721,10 @@ class RunHandle(Generic[R]):
         try:
             return await asyncio.wait_for(self._result(), seconds)
         except asyncio.TimeoutError:
+            why = await self.why()
             if await self.status() in ENDED:
                 return await self._result()
-            raise TimeoutError(f"The result did not come within {seconds:g} s. {await self.why()}") from None
+            raise TimeoutError(f"The result did not come within {seconds:g} s. {why}") from None
 
     async def _result(self) -> R:
         core = self._core

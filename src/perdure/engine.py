@@ -77,7 +77,7 @@ class _Serves(Core):
             self._suspects = Suspects(self.store, shift, self.told)
             self._threads.append(Serving("perdure-suspects", self._suspects.step, pause=self._suspects.pause))
         served = ", ".join(self.registry.workflows) or "no workflow"
-        log.info("worker %s serves %s on %s (%s)", shift.incarnation[:8], served, self.store.url, self.store.durability)
+        log.info("worker %s serves %s on %s (%s)", shift.settings.name, served, self.store.url, self.store.durability)
 
     def begin(self) -> None:
         assert self.loop is not None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 import subprocess
 import sys
+import time
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -76,3 +79,27 @@ def test_an_example_with_an_id_started_again_has_ended_already(tmp_path: Path) -
             check=True,
         )
         assert done.stdout == PRINTS["children"]
+
+
+def test_the_program_of_the_quick_start_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    text = (EXAMPLES.parent / "docs" / "quickstart.md").read_text()
+    (tmp_path / "orders.py").write_text(text.partition("```python\n")[2].partition("```")[0])
+    line = [sys.executable, "orders.py"]
+    killed = subprocess.Popen(line, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while "step_completed" not in history(tmp_path / "orders.db"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait(60)
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False)
+    assert (done.stdout, done.stderr) == ("charged 4200\n", "")
+    assert history(tmp_path / "orders.db").count("step_completed") == 1
+
+
+def history(store: Path) -> str:
+    with closing(sqlite3.connect(store)) as db:
+        try:
+            return "".join(event for (event,) in db.execute("SELECT event FROM perdure_history"))
+        except sqlite3.OperationalError:
+            return ""  # the tables are being made

@@ -24,7 +24,7 @@ from perdure.info import RunInfo
 def command(where: Where, run: str) -> None:
     """Show one run: its times, input and result, its steps with their attempts, and what it waits for.
 
-    With --json one object: the fields of RunInfo, and `steps`.
+    With --json one object: the fields of RunInfo, `steps` and `why`.
     """
 
     async def read(client: Client) -> tuple[RunInfo, Steps, str]:

@@ -179,7 +179,7 @@ def _changed(waits: Waits) -> str:
 def _wait_sleep(row: Row, wait: Wait, now: int, around: Surroundings) -> str:
     return (
         f'sleeps in "{wait.step}"{_site(wait)} since {_length(now - wait.since)}, until {_at(wait.until)} '
-        f"({_due(wait.until, now)}); only time, or a cancel, moves it."
+        f"({_due(wait.until, now)}); {_only_time(wait.until, now)}."
     )
 
 
@@ -222,7 +222,7 @@ def _wait_retry(row: Row, wait: Wait, now: int, around: Surroundings) -> str:
     return (
         f'waits to try step "{wait.step}"{_site(wait)} again, attempt {wait.attempt}{_of(wait)}, '
         f"{_due(wait.until, now)}; the last attempt failed with "
-        f"{wait.error or 'an error'}; only time, or a cancel, moves it."
+        f"{wait.error or 'an error'}; {_only_time(wait.until, now)}."
     )
 
 
@@ -283,6 +283,12 @@ def _of(wait: Wait) -> str:
 
 def _at(at: int | None) -> str:
     return "an unknown time" if at is None else moment(at).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _only_time(until: int | None, now: int) -> str:
+    if until is not None and until <= now:
+        return "a worker that serves it takes it at its next look"
+    return "only time, or a cancel, moves it"
 
 
 def _due(at: int | None, now: int) -> str:
