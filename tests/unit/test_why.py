@@ -94,7 +94,7 @@ def test_a_sleep_that_is_over() -> None:
     wait = Wait(kind="sleep", step="cool-off", since=NOW - 65 * SECOND, until=NOW - 5 * SECOND)
     assert said(row("waiting", wait), served=False) == (
         'Run o-1 sleeps in "cool-off" since 1 min 5 s, until 2027-01-15 07:59:55 UTC (due since 5 s); '
-        'only time, or a cancel, moves it. No worker that serves "order" lives now.'
+        'a worker that serves it takes it at its next look. No worker that serves "order" lives now.'
     )
 
 
