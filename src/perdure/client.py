@@ -392,9 +392,11 @@ class Core:
                     for row in await self.read(functools.partial(self.store.rows, found)) if found else ():
                         if row.status in ENDED or row.status == "quarantined":
                             self.resolve(row.key, Ending(row.status, row.result, row.error))
-                except StoreError as error:
+                except Exception as error:
+                    # Also what is a bug: nobody else would ever tell those who wait.
                     if not failed:
-                        log.warning("looking for ended runs failed, and is tried again: %s", error)
+                        trace = None if isinstance(error, StoreError) else error
+                        log.warning("looking for ended runs failed, and is tried again: %s", error, exc_info=trace)
                     failed = True
                     await asyncio.sleep(1.0)
                     continue

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from perdure import Client, Context, Retry, RunFailed, StepTimedOut, activity, workflow
+from perdure import Client, Context, Retry, RunFailed, SQLiteStore, StepTimedOut, activity, workflow
 from perdure.runtime.context import SyncContext
 from perdure.runtime.drive_sync import BodyThreads
 from perdure.worker import residents
@@ -376,6 +376,29 @@ async def test_an_async_step_that_raises_what_is_no_exception_has_failed_and_har
     async with engine(tmp_path, meets_strange_errors) as here:
         run = await here.start(meets_strange_errors)
         assert await run.result(timeout=60) == ["Strange", "Strange", "fine"]
+
+
+async def test_who_waits_for_a_run_elsewhere_is_told_though_a_look_for_it_failed(tmp_path: Path) -> None:
+    class Fails(SQLiteStore):
+        looks = 0
+
+        def ended(self, keys: Any) -> Any:
+            self.looks += 1
+            if self.looks == 1:
+                raise ValueError("a bug")
+            return super().ended(keys)
+
+    async with engine(tmp_path, signalled):
+        pass
+    store = Fails(tmp_path / "runs.db")
+    async with Client(store) as client:
+        handle = await client.start(signalled)
+        result = asyncio.ensure_future(handle.result())
+        await until(lambda: store.looks)
+        await handle.signal("go", 7)
+        async with engine(tmp_path, signalled):
+            assert await asyncio.wait_for(result, 60) == 7
+    store.close()
 
 
 # --- what is stored of a run is not what we wrote
