@@ -25,6 +25,7 @@ from perdure.core.errors import (
     StoreUnavailable,
 )
 from perdure.core.turn import Batch, Begun, Committed, Fenced, Kept, Send, Unstorable
+from perdure.stores.postgres import PostgresStore
 from perdure.stores.sqlite import SQLiteStore, connections, errors, gate, writing
 from tests.integration.sqlite_story import announced, claiming, first_turn, start, started, taking
 
@@ -443,3 +444,40 @@ def test_an_incarnation_stays_the_parents(store: SQLiteStore) -> None:
 
     assert in_a_fork(child) == 0
     assert store.heartbeat("w") is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"path": 5}, TypeError),
+        ({"path": b"runs.db"}, TypeError),
+        ({"path": "a\0b"}, NotAStore),
+        ({"path": "\udc80"}, NotAStore),
+        ({"busy_timeout": "x"}, TypeError),
+        ({"busy_timeout": -1}, ValueError),
+        ({"busy_timeout": float("nan")}, ValueError),
+        ({"create": "no"}, TypeError),
+        ({"hints": 1}, TypeError),
+    ],
+)
+def test_what_no_store_can_be_made_of_is_refused(tmp_path: Path, given: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        SQLiteStore(**{"path": tmp_path / "runs.db", **given})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"url": 5}, TypeError),
+        ({"schema": 5}, TypeError),
+        ({"schema": "\udc80"}, NotAStore),
+        ({"schema": "information_schema"}, NotAStore),
+        ({"direct": 5}, TypeError),
+        ({"password": 5}, TypeError),
+        ({"hints": "x"}, TypeError),
+    ],
+)
+def test_what_no_store_on_postgresql_can_be_made_of_is_refused(given: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        PostgresStore(**{"url": "postgresql://nobody@127.0.0.1:1/none", **given})

@@ -37,10 +37,11 @@ class Statement(NamedTuple):
 
 def check_schema(schema: str) -> str:
     """The name of a schema as it may stand in a statement; `NotAStore` if it is not made of plain letters."""
-    if not _SCHEMA.match(schema) or schema.startswith("pg_"):
+    if not _SCHEMA.match(schema) or schema.startswith("pg_") or schema == "information_schema":
         raise NotAStore(
             f"schema={schema!r} is no name for a schema of Perdure's. It may have lower-case letters, digits and "
-            "underscores, at most 63, must not begin with a digit, nor with pg_. Choose such a name."
+            "underscores, at most 63, must not begin with a digit, nor with pg_, nor be the server's own. Choose such "
+            "a name."
         )
     return schema
 

@@ -50,6 +50,7 @@ from perdure.stores.postgres.sending import Sending
 from perdure.stores.postgres.transaction import Steps, StepTransaction
 from perdure.stores.postgres.writer import Writer
 from perdure.stores.schema import Schema
+from perdure.stores.settings import of_type
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +108,15 @@ class PostgresStore:
         hints: bool = True,
         clock: Callable[[], int] | None = None,
     ) -> None:
+        for name, value in (("url", url), ("schema=", schema), ("direct=", direct)):
+            if value is not None or name != "direct=":
+                of_type(value, str, name)
+        of_type(hints, bool, "hints=")
+        if password is not None and not callable(password):
+            of_type(password, str, "password=")
         if migrate not in ("auto", "check"):
             raise ValueError(f'migrate={migrate!r} is neither "auto" nor "check"')
+        self._schema: Final = check_schema(schema)
         shown = {} if schema == "perdure" else {"schema": schema}
         if direct is not None:
             shown["direct"] = connections.Address(direct, password=None, shown={}).url
@@ -117,7 +125,6 @@ class PostgresStore:
         self._address: Final = connections.Address(url, password=password, shown=shown)
         self._direct: Final = None if direct is None else connections.Address(direct, password=password, shown={})
         self.url = self._address.url
-        self._schema: Final = check_schema(schema)
         self._channel: Final = channel_of(schema)
         self._known_home: tuple[Any, ...] | None = None
         self._statements: Final = statements(schema)

@@ -20,6 +20,7 @@ from urllib.parse import quote, urlencode
 import msgspec
 
 from perdure.core.errors import NotAStore, StoreError, StoreUnavailable
+from perdure.core.retry import duration
 from perdure.core.status import Status
 from perdure.core.turn import (
     Announced,
@@ -41,6 +42,7 @@ from perdure.core.turn import (
 )
 from perdure.stores import choosing
 from perdure.stores.refused import item_refused
+from perdure.stores.settings import of_type
 from perdure.stores.sqlite import connections, migrations, place, pruning
 from perdure.stores.sqlite.borrowed import borrowed
 from perdure.stores.sqlite.errors import locked, ours
@@ -95,7 +97,14 @@ class SQLiteStore:
         create: bool = True,
         hints: bool = True,
     ) -> None:
+        of_type(path, (str, os.PathLike), "The path of a SQLite store")
+        of_type(create, bool, "create=")
+        of_type(hints, bool, "hints=")
         given = os.fspath(path)
+        of_type(given, str, "The path of a SQLite store")
+        busy_timeout = duration(busy_timeout, "busy_timeout=").total_seconds()
+        if "\0" in given or given.encode(errors="replace") != given.encode(errors="backslashreplace"):
+            raise NotAStore(f"{given!r} is no file: its name has NUL or a lone surrogate in it. Mend the path.")
         if not given or given == ":memory:":
             raise NotAStore(f"{given!r} is no file. A SQLite store is a file; write memory:// for one that is none.")
         if durability not in connections.SYNCHRONOUS:
