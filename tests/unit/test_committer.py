@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from perdure.core.errors import StoreLocked
+from perdure.core.errors import StoreError, StoreLocked
 from perdure.core.turn import Address, Batch, Begun, Existing, Finished, Send, Turn, Verdict
 from perdure.stores.memory import MemoryStore
 from perdure.testing.conformance.story import start
@@ -196,3 +196,35 @@ def test_a_batch_takes_no_more_than_a_few_large_items(monkeypatch: pytest.Monkey
         sizes.append((len(taken.turns), len(taken.sends), len(taken.starts)))
     # One of each kind in any case: nothing is too large to be written, or waits for ever behind what is.
     assert sizes == [(1, 2, 1), (0, 2, 1), (0, 0, 2)]
+
+
+def test_one_that_cannot_be_stored_is_told_so_and_the_rest_is_written() -> None:
+    class Narrow(Slow):
+        def write(self, batch: Batch) -> list[Verdict]:
+            ids = [each.id for each in batch.starts]
+            if "bad" in ids:
+                error = StoreError("It does not fit.", store=self.url)
+                error.of_one_item = True
+                raise error
+            if "broken" in ids:
+                raise ValueError("a bug")
+            return super().write(batch)
+
+    store = Narrow()
+    it, answers = committer(store)
+    for id in ("bad", "good"):
+        it.start(start(id), answers.append)
+    it.send(letter(1), nothing)
+    fence: dict[str, Any] = {"run": 1, "owner": "w", "epoch": 1, "version": 1, "last": "", "id": "t", "first_seq": 1}
+    it.turn(Turn(**fence, status="running"), nothing)
+    assert it.flush()
+    assert [type(each).__name__ for each in answers] == ["StoreError", "Begun", "NotFound"]
+    assert it.gathered == 1, "the turn comes with the next batch"
+    assert it.flush()
+    assert type(answers[-1]).__name__ == "Fenced"
+    # What fails otherwise while they are tried is told to those who wait for it as well.
+    for id in ("bad", "broken"):
+        it.start(start(id), answers.append)
+    assert it.flush()
+    assert [type(each).__name__ for each in answers[-2:]] == ["StoreError", "StoreError"]
+    assert it.unanswered == 0

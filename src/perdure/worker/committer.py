@@ -198,10 +198,7 @@ class Committer:
 
     def failed(self, taken: Taken, error: Exception) -> None:
         """The batch was not written, as far as anybody knows: callers are told, runs' turns are kept."""
-        if not isinstance(error, PerdureError):
-            # Our bug or a store's: nobody else would tell those who wait, and this thread must go on.
-            log.error("a batch was not written", exc_info=error)
-            error = StoreError(f"The store {self.store.url} raised {type(error).__name__}: {error}. Report it.")
+        error = self._as_told(error)
         # A turn is kept, because its run's work would be lost with it; but not one that ends a run for a caller.
         kept = [each for each in taken.turns if each[0].owner is not None]
         callers = [each for each in taken.turns if each[0].owner is None]
@@ -214,6 +211,14 @@ class Committer:
         self._tell([(answer, error) for _, answer in (*taken.starts, *taken.sends, *callers)], ())
         self._turns.extendleft(reversed(kept))
 
+    def _as_told(self, error: Exception) -> PerdureError:
+        """What those who wait are told of an error."""
+        if isinstance(error, PerdureError):
+            return error
+        # Our bug or a store's: nobody else would tell them, and this thread must go on.
+        log.error("a batch was not written", exc_info=error)
+        return StoreError(f"The store {self.store.url} raised {type(error).__name__}: {error}. Report it.")
+
     def _one_by_one(self, taken: Taken) -> None:
         """Something in it cannot be stored: only whoever wants that is told so."""
         answers: list[tuple[Answer, Any]] = []
@@ -222,8 +227,8 @@ class Committer:
         for batch, answer in batches:
             try:
                 answers += [(answer, verdict) for verdict in self.store.write(batch)]
-            except StoreError as error:
-                answers.append((answer, error))
+            except Exception as error:
+                answers.append((answer, self._as_told(error)))
         self._tell(answers, ())
         self._turns.extendleft(reversed(taken.turns))
         self.stuck = None
