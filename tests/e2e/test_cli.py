@@ -719,6 +719,8 @@ def test_ctrl_c_while_the_command_is_being_imported_ends_it_without_a_word(tmp_p
     interrupting = f"""
 import importlib.abc, os, signal, sys, time
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+
 class Slow(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == {imported!r}:

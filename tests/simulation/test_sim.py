@@ -32,7 +32,7 @@ pytestmark = [
 ]
 
 TAPES = sorted((Path(__file__).parent / "tapes").glob("*.json"))
-BLOCKS = 6
+BLOCKS = 4
 BLOCK = 500
 SOMETIMES: Counter[str] = Counter()
 PLAYED: set[int] = set()
