@@ -163,9 +163,13 @@ class Committer:
         sends: list[tuple[Send, Answer]] = []
         turns: list[tuple[Turn, Answer]] = []
         try:
-            room = _move(self._turns, turns, MOST_TEXT, _text_of_turn)
-            room = _move(self._sends, sends, room, _text_of_send)
-            self._move_starts(starts, later, room)
+            room = MOST_TEXT
+            if self._turns:
+                room = _move_turns(self._turns, turns, room)
+            if self._sends:
+                room = _move_sends(self._sends, sends, room)
+            if self._starts:
+                self._move_starts(starts, later, room)
             batch = Batch(
                 starts=[start for start, _ in starts],
                 sends=[send for send, _ in sends],
@@ -302,31 +306,32 @@ class Committer:
         return bool(here) or named
 
 
-def _move(waiting: deque[Any], taken: list[Any], room: int, text: Callable[[Any], int]) -> int:
+def _move_turns(waiting: deque[tuple[Turn, Answer]], taken: list[tuple[Turn, Answer]], room: int) -> int:
     """As many as fit into a batch, none of which is ever in neither; the characters that there is still room for."""
     for _ in range(min(len(waiting), MOST)):
         if room <= 0 and taken:
             break
         item = waiting[0]
-        room -= text(item[0])
+        turn = item[0]
+        for event in turn.events:
+            room -= len(event)
+        if turn.starts or turn.sends:
+            room -= sum(len(start.input) for start in turn.starts) + sum(len(send.data) for send in turn.sends)
         taken.append(item)
         waiting.popleft()
     return room
 
 
-def _text_of_send(send: Send) -> int:
-    return len(send.data)
-
-
-def _text_of_turn(turn: Turn) -> int:
-    size = 0
-    for event in turn.events:
-        size += len(event)
-    for start in turn.starts:
-        size += len(start.input)
-    for send in turn.sends:
-        size += len(send.data)
-    return size
+def _move_sends(waiting: deque[tuple[Send, Answer]], taken: list[tuple[Send, Answer]], room: int) -> int:
+    """The same for messages."""
+    for _ in range(min(len(waiting), MOST)):
+        if room <= 0 and taken:
+            break
+        item = waiting[0]
+        room -= len(item[0].data)
+        taken.append(item)
+        waiting.popleft()
+    return room
 
 
 class CommitterThread:
