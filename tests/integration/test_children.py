@@ -62,6 +62,24 @@ async def test_a_child_by_name_has_the_input_that_its_workflow_gives_it(tmp_path
             await (await here.options(queue="here").start(wrong)).result(timeout=60)
 
 
+async def test_a_child_that_nobody_waits_for_and_whose_id_is_taken_is_told_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    @workflow
+    async def emits(ctx: Context) -> None:
+        await ctx.step.options(id="mine").emit_workflow("a", double, 1)
+        await ctx.step.options(id="taken").emit_workflow("b", double, 2)
+        await ctx.step.wait_signal("go")
+
+    async with engine(tmp_path, emits, double, waiting) as it:
+        await it.options(id="taken").start(waiting)
+        await it.options(id="p").start(emits)
+        await until(lambda: "run p: its child was not started" in caplog.text)
+        assert await it.handle("mine").result(timeout=60) == 2
+        assert caplog.text.count("was not started") == 1
+        assert 'Run "taken" exists already' in caplog.text
+
+
 async def test_every_run_below_knows_the_one_above_all(tmp_path: Path) -> None:
     @workflow
     async def lowest(ctx: Context) -> list[str]:

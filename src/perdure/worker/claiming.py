@@ -285,7 +285,7 @@ class Serving:
         """Wait as long as `pause` says, and listen whether it says otherwise now."""
         began = time.monotonic()
         # Threads that began together do not wake together for ever.
-        spread = random.uniform(0.8, 1.0)
+        spread = random.uniform(0.9, 1.1)
         while not self._stop.is_set():
             left = began + pause() * spread - time.monotonic()
             if left <= 0:

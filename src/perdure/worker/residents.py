@@ -47,7 +47,7 @@ from perdure.core.waits import Waits, read_waits, waits_text
 from perdure.runtime.context import ThisRun, step_key
 from perdure.runtime.loop import tell_unheard
 from perdure.runtime.play import NOTHING, Asked, Play
-from perdure.runtime.steps import ActivityPolicy, LocalCall, RemoteCall
+from perdure.runtime.steps import ActivityPolicy, LocalCall, RemoteCall, child_id
 from perdure.worker.executing import Execution, StepInfo
 from perdure.worker.remote_end import (
     NO_POLICY,
@@ -805,6 +805,9 @@ class Resident:
         self.written_waits = turn.waits
         for message, error in gathered.unheard:
             tell_unheard(self.this.id, message, error)
+        for start in turn.starts:
+            if not start.awaited and start.parent is not None and start.id != child_id(self.this.id, start.parent.step):
+                self.shift.see_that_it_began(self, start)
         if turn.status != RUNNING or self.key in self.shift.parked:
             self.shift.noted(self)
         if self.key == self.shift.alone_with and turn.progress:

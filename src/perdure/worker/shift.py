@@ -22,7 +22,7 @@ from typing import Any, Final, NamedTuple
 
 from perdure.core import codec, stored
 from perdure.core import events as ev
-from perdure.core.errors import NO_THREAD, PerdureError, StoreError
+from perdure.core.errors import NO_THREAD, PerdureError, RunExists, StoreError
 from perdure.core.limits import Limits, limits_of
 from perdure.core.match import Op
 from perdure.core.retry import micros
@@ -612,6 +612,15 @@ class Shift:
                 self.safely(resident, then, *result)
 
         self._read(read, done)
+
+    def see_that_it_began(self, parent: Resident, start: Start) -> None:
+        """Nobody waits for this child, whose id was chosen: if another run has it, at least the log says so."""
+
+        def done(row: Row | StoreError | None) -> None:
+            if isinstance(row, Row) and row.parent != parent.key:
+                log.warning("run %s: its child was not started: %s", parent.id, RunExists(start.id))
+
+        self._read(lambda: self.store.run(start.namespace, start.id), done)
 
     def _read_in_thread(self, read: Callable[[], Any], done: Callable[[Any], None]) -> None:
         def run() -> None:
