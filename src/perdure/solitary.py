@@ -220,8 +220,14 @@ def main() -> None:
             score.write("1000")
     except OSError:
         log.debug("this system does not let a process offer itself")
-    with link.makefile("rb") as lines:
-        told = json.loads(lines.readline())
+    try:
+        with link.makefile("rb") as lines:
+            line = lines.readline()
+    except OSError:
+        line = b""
+    if not line.endswith(b"\n"):
+        end(0)  # the worker was gone before it had said what to do
+    told = json.loads(line)
     try:
         _Serves.importing = True
         spawn.prepare(told["python"])

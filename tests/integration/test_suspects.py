@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 import subprocess
 import sys
 import types
@@ -295,3 +296,16 @@ def test_the_level_of_the_log_is_passed_on() -> None:
     root = logging.getLogger()
     told = instructions(settings(), [harmless], [], grace=1)
     assert told["log"] == (root.level if root.handlers else None)
+
+
+@pytest.mark.parametrize("said", [b"", b'{"log": '])
+def test_a_process_whose_worker_is_gone_before_it_has_said_all_ends_without_a_word(said: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(said)
+        line = [sys.executable, "-m", "perdure.solitary"]
+        with subprocess.Popen(line, stdin=theirs.fileno(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            theirs.close()
+            ours.close()
+            assert process.communicate(timeout=60)[0] == b""
+    assert process.returncode == 0
