@@ -841,7 +841,8 @@ _NAMES: list[Any] = [5, "", "\ud800", "a\0b", []]
     ],
 )
 async def test_a_question_for_runs_that_makes_no_sense_is_refused(tmp_path: Path, asked: dict[str, Any]) -> None:
-    async with Client(SQLiteStore(tmp_path / "runs.db")) as client:
+    SQLiteStore(tmp_path / "runs.db").close()
+    async with Client(url_of(tmp_path)) as client:
         with pytest.raises((TypeError, ValueError)):
             await client.list_runs(**asked)
         if "workflow" in asked:
