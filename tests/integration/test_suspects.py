@@ -67,6 +67,7 @@ async def test_a_run_that_ends_has_no_strikes_left(tmp_path: Path) -> None:
     async with Engine(store, workflows=[at_once]) as engine:
         handle = engine.handle("struck")
         await handle.result()
+    store.close()
     [(strikes,)] = ask(tmp_path, "SELECT strikes FROM perdure_runs")
     assert strikes == 0
 
