@@ -108,9 +108,10 @@ class PostgresStore:
         hints: bool = True,
         clock: Callable[[], int] | None = None,
     ) -> None:
-        for name, value in (("url", url), ("schema=", schema), ("direct=", direct)):
-            if value is not None or name != "direct=":
-                of_type(value, str, name)
+        of_type(url, str, "url")
+        of_type(schema, str, "schema=")
+        if direct is not None:
+            of_type(direct, str, "direct=")
         of_type(hints, bool, "hints=")
         if password is not None and not callable(password):
             of_type(password, str, "password=")

@@ -103,7 +103,7 @@ class SQLiteStore:
         given = os.fspath(path)
         of_type(given, str, "The path of a SQLite store")
         busy_timeout = duration(busy_timeout, "busy_timeout=").total_seconds()
-        if "\0" in given or given.encode(errors="replace") != given.encode(errors="backslashreplace"):
+        if any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in given):
             raise NotAStore(f"{given!r} is no file: its name has NUL or a lone surrogate in it. Mend the path.")
         if not given or given == ":memory:":
             raise NotAStore(f"{given!r} is no file. A SQLite store is a file; write memory:// for one that is none.")
