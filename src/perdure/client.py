@@ -44,7 +44,7 @@ from perdure.core.failure import RecordedError
 from perdure.core.ids import sortable_id
 from perdure.core.limits import Limits, check_id, check_message_id, check_name, check_reason, limits_of
 from perdure.core.retry import duration, instant, micros
-from perdure.core.signature import announced_signature
+from perdure.core.signature import announced_signature, announced_timeout
 from perdure.core.status import ENDED, Status
 from perdure.core.turn import (
     Address,
@@ -611,13 +611,12 @@ class Client:
             return target, target.name, input, target.queue, target.timeout
         announced = await self._announced(workflow)
         signature = announced_signature(workflow, announced.signature)
-        timeout = (announced.signature or {}).get("timeout")
         return (
             None,
             workflow,
             signature.encode(args, kwargs, limits=core.limits),
             announced.queue,
-            None if timeout is None else timedelta(microseconds=timeout),
+            announced_timeout(announced.signature),
         )
 
     async def _announced(self, name: str) -> Announced:

@@ -14,6 +14,7 @@ import types
 import typing
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -409,3 +410,9 @@ ANY_CALL: Final = Signature(
 def announced_signature(name: str, announced: Mapping[str, Any] | None) -> Signature:
     """What a worker has announced of a function: its parameters without their types."""
     return Signature(name, [Parameter(**each) for each in (announced or {}).get("parameters", ())])
+
+
+def announced_timeout(announced: Mapping[str, Any] | None) -> timedelta | None:
+    """How long a run of it may take, as its worker has announced."""
+    timeout = (announced or {}).get("timeout")
+    return None if timeout is None else timedelta(microseconds=timeout)

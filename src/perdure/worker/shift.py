@@ -26,7 +26,7 @@ from perdure.core.errors import NO_THREAD, PerdureError, RunExists, StoreError
 from perdure.core.limits import Limits, limits_of
 from perdure.core.match import Op
 from perdure.core.retry import micros
-from perdure.core.signature import ANY_CALL, Signature, announced_signature
+from perdure.core.signature import ANY_CALL, Signature, announced_signature, announced_timeout
 from perdure.core.turn import (
     Announced,
     Announcement,
@@ -520,11 +520,8 @@ class Shift:
         known = self._announced.get(workflow)
         if known is None:
             return Elsewhere("default", None, ANY_CALL)
-        timeout = (known.signature or {}).get("timeout")
         return Elsewhere(
-            known.queue,
-            None if timeout is None else timedelta(microseconds=timeout),
-            announced_signature(workflow, known.signature),
+            known.queue, announced_timeout(known.signature), announced_signature(workflow, known.signature)
         )
 
     def should_release(self, resident: Resident) -> bool:
