@@ -201,7 +201,8 @@ class PostgresServer:
         programs = self.installation.programs
         if not self._user:
             return programs
-        if subprocess.run([*self._user, programs / "postgres", "--version"], capture_output=True).returncode == 0:
+        # initdb, as it needs what lies beside it: `postgres --version` runs without, also from a folder of root's.
+        if subprocess.run([*self._user, programs / "initdb", "--version"], capture_output=True).returncode == 0:
             return programs
         root = programs.parent
         copy = self.folder / "programs"

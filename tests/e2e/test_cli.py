@@ -358,6 +358,8 @@ def test_a_blocked_run_shows_its_report_and_goes_on_when_the_code_is_put_right(s
     [
         (["flows.py:greet", "--input", "you"], "A text needs its quotes"),
         (["flows.py:greet", "--input", "{"], "is not JSON"),
+        (["flows.py:greet", "--input", '["\\ud800"]'], "has a lone surrogate"),
+        (["flows.py:greet", "--arg", 'name="\\udc00 and \\ud83d"'], "has a lone surrogate"),
         (["flows.py:greet", "--input", "@nothing.json"], "cannot be read"),
         (["flows.py:greet", "--arg", "name"], "has no name"),
         (["flows.py:greet", "--arg", 'nme="x"'], 'there is no parameter "nme"'),

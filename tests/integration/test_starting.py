@@ -319,7 +319,7 @@ async def test_a_workflow_with_no_parameter_but_the_context_takes_its_input_from
 def test_a_setting_that_a_decorator_does_not_know_is_refused_at_its_line() -> None:
     decorators: list[tuple[Any, str]] = [(workflow, "@workflow"), (activity, "@activity")]
     for decorator, what in decorators:
-        with pytest.raises(TypeError, match="naem"):
+        with pytest.raises(TypeError, match=f"{what}: .*'naem'"):
             decorator(naem="x")
         with pytest.raises(TypeError, match=f"{what} got 'x'"):
             decorator("x")

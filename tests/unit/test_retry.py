@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perdure.core.errors import NonRetryable, PayloadError, RetryAfter
-from perdure.core.retry import Retry, backoff, decide, duration, instant, micros, moment
+from perdure.core.retry import Retry, backoff, decide, duration, instant, length, micros, moment
 
 STEADY = Retry(max_attempts=None, jitter=False)
 
@@ -134,6 +134,15 @@ def test_a_policy_is_a_value() -> None:
 )
 def test_a_duration_is_seconds_or_a_timedelta(given: Any, expected: timedelta) -> None:
     assert duration(given, "timeout=") == expected
+
+
+@pytest.mark.parametrize(
+    ("span", "told"),
+    [(-1, "0 ms"), (0, "0 ms"), (0.0504, "50 ms"), (1, "1 s"), (3.44, "3.4 s"), (59.96, "60 s"), (60, "1 min"),
+     (310.9, "5 min 10 s"), (3600, "1 h"), (2 * 86_400 + 3 * 3600 + 59, "2 d 3 h")],
+)  # fmt: skip
+def test_a_duration_is_told_in_its_two_largest_units(span: float, told: str) -> None:
+    assert length(timedelta(seconds=span)) == told
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -1, timedelta(-1), True, "5", None, 1e300, 10**20])

@@ -9,11 +9,11 @@ import time
 from typing import Any, Final
 
 from perdure.cli.steps import Step, Steps
-from perdure.cli.words import length, line, tell, when
+from perdure.cli.words import line, tell, when
 from perdure.client import Core, RunHandle
 from perdure.core import stored
 from perdure.core.errors import StoreError
-from perdure.core.retry import moment
+from perdure.core.retry import length, moment
 from perdure.core.status import Status
 from perdure.core.turn import Row
 from perdure.core.waits import Wait, Waits, read_waits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,9 +81,24 @@ def _json(text: str, option: str) -> str:
     except RecursionError:
         raise Wrong(f"{option}{_short(text)} is nested too deep.") from None
     except (msgspec.DecodeError, UnicodeEncodeError) as error:
+        if _has_half(read):
+            raise Wrong(
+                f"{option}{_short(text)} has a lone surrogate, half a character without a UTF-8 form."
+            ) from None
         hint = f" A text needs its quotes: {option}'\"{text}\"'." if text.isidentifier() else ""
         raise Wrong(f"{option}{_short(text)} is not JSON: {error}.{hint}") from error
     return read.strip()
+
+
+def _has_half(text: str) -> bool:
+    """Whether this would be JSON, if its texts were."""
+    try:
+        json.dumps(json.loads(text), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    except (ValueError, RecursionError):
+        pass
+    return False
 
 
 def _short(text: str) -> str:

@@ -11,9 +11,9 @@ import click
 from msgspec.structs import replace
 
 from perdure.cli.options import Where, ask, common
-from perdure.cli.words import json_text, length, say, tell
+from perdure.cli.words import json_text, say, tell
 from perdure.client import Client
-from perdure.core.retry import micros
+from perdure.core.retry import length, micros
 from perdure.core.status import ENDED, Status
 from perdure.core.turn import Retention
 from perdure.stores.contract import Store

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Final
 
 import click
+
+from perdure.core.retry import length
 
 _UNSAFE: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -83,18 +85,3 @@ def after(start: datetime | None, at: datetime | None) -> str:
     if start is None or at is None:
         return "-"
     return f"+{length(at - start)}"
-
-
-def length(span: timedelta) -> str:
-    """A length as people read it: `12 ms`, `3.4 s`, `5 min 10 s`, `2 d 3 h`."""
-    seconds = max(span.total_seconds(), 0)
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    parts, rest = [], int(seconds)
-    for name, size in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
-        count, rest = divmod(rest, size)
-        if count:
-            parts.append(f"{count} {name}")
-    return " ".join(parts[:2])

@@ -74,8 +74,14 @@ def record(
 
 
 _GROUPS: Final[Any] = getattr(builtins, "BaseExceptionGroup", ())
+NO_TIME_LEFT: Final = "Its total_timeout has passed."
 LAST_OF_ALL: Final = "Its total_timeout would pass before the next attempt."
 """What is recorded of a step whose last attempt, the cause, would be followed by another if there were time."""
+
+
+def out_of_time(message: str, cause: RecordedError | None = None) -> RecordedError:
+    """The record of a step that did not end in time."""
+    return RecordedError(type="TimeoutError", message=message, kind="timed_out", cause=cause)
 
 
 def let_go(error: BaseException) -> None:

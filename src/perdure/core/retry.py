@@ -156,6 +156,21 @@ def exception_types(
 # --- durations and instants
 
 
+def length(span: timedelta) -> str:
+    """A duration as people read it: `12 ms`, `3.4 s`, `5 min 10 s`, `2 d 3 h`; one below nothing is `0 ms`."""
+    seconds = max(span.total_seconds(), 0)
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f}".removesuffix(".0") + " s"
+    parts, rest = [], int(seconds)
+    for name, size in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
+        count, rest = divmod(rest, size)
+        if count:
+            parts.append(f"{count} {name}")
+    return " ".join(parts[:2])
+
+
 def duration(given: timedelta | float, what: str, *, negative: bool = False, zero: bool = True) -> timedelta:
     """`given` as a timedelta, exact to the microsecond.
 

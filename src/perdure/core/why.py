@@ -8,7 +8,7 @@ from datetime import timedelta
 from shlex import quote
 
 from perdure.core.ids import typed
-from perdure.core.retry import moment
+from perdure.core.retry import length, moment
 from perdure.core.turn import Announced, Mail, Row
 from perdure.core.waits import Wait, Waits, read_waits
 
@@ -298,15 +298,5 @@ def _due(at: int | None, now: int) -> str:
 
 
 def _length(micros: int) -> str:
-    """A length as people say it: the two largest units."""
-    length = timedelta(microseconds=max(micros, 0))
-    seconds = int(length.total_seconds())
-    if seconds < 1:
-        return f"{max(micros, 0) // 1000} ms"
-    units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
-    parts = []
-    for name, size in units:
-        count, seconds = divmod(seconds, size)
-        if count:
-            parts.append(f"{count} {name}")
-    return " ".join(parts[:2])
+    """In whole seconds from one second on: nobody waits for a tenth of one."""
+    return length(timedelta(microseconds=micros if micros < 1_000_000 else micros // 1_000_000 * 1_000_000))

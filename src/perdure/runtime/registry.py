@@ -215,7 +215,10 @@ def activity(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
 def _decorated(kind: Callable[..., Any], fn: Callable[..., Any] | None, options: dict[str, Any]) -> Any:
     if options:
         # At the decorator's own line: it may be used somewhere else.
-        inspect.signature(kind).bind_partial(fn, **options)
+        try:
+            inspect.signature(kind).bind_partial(fn, **options)
+        except TypeError as error:
+            raise TypeError(f"@{kind.__name__.lower()}: {error}") from None
     decorate = functools.partial(kind, **options)
     return decorate if fn is None else decorate(fn)
 

@@ -123,11 +123,7 @@ class ActivityRun:
             return
         self._failed(
             execution,
-            RecordedError(
-                type="TimeoutError",
-                message=f"Attempt {execution.attempt} took longer than its timeout of {execution.call.policy.timeout}.",
-                kind="timed_out",
-            ),
+            failure.out_of_time(execution.too_long),
             None,
         )
 
@@ -156,9 +152,7 @@ class ActivityRun:
             over = self.row.created_at + retry.micros(call.policy.total_timeout)
             if now + retry.micros(delay) >= over:
                 delay = None
-                recorded = RecordedError(
-                    type="TimeoutError", message="Its total_timeout has passed.", kind="timed_out", cause=recorded
-                )
+                recorded = failure.out_of_time(failure.NO_TIME_LEFT, recorded)
         if delay is None:
             self._end("failed", None, recorded)
             return

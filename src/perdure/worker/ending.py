@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from perdure.core import events as ev
-from perdure.core import stored
+from perdure.core import failure, stored
 from perdure.core.failure import RecordedError
 from perdure.core.status import ENDED
 from perdure.core.turn import Row, Turn
@@ -34,7 +34,7 @@ def end_without_code(store: Store, row: Row, status: str, *, reason: str, turn_i
     names = {"terminated": "Terminated", "timed_out": "TimedOut", "quarantined": "Quarantined"}
     error = RecordedError(type=names[status], message=reason)
     if row.kind == "activity" and status == "timed_out":
-        error = RecordedError(type="TimeoutError", message="Its total_timeout has passed.", kind="timed_out")
+        error = failure.out_of_time(failure.NO_TIME_LEFT)
     unread = tuple(mail.id for mail in store.mailbox(row.key))
     ended = status in ENDED
     events = []

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from perdure.core import failure
 from perdure.core.errors import NO_THREAD, NeverRests
+from perdure.core.retry import length
 from perdure.runtime.context import step_key
 from perdure.runtime.drive_sync import BodyThreads
 from perdure.runtime.logs import StepLog
@@ -104,6 +105,13 @@ class Execution:
     def of(self) -> Any:
         """The one whose method is told of its end."""
         return getattr(self.done, "__self__", None)
+
+    @property
+    def too_long(self) -> str:
+        """What is recorded of it when its timeout has passed."""
+        timeout = self.call.policy.timeout
+        assert timeout is not None
+        return f"Attempt {self.attempt} took longer than its timeout of {length(timeout)}."
 
     def begins(self) -> None:
         """Its function is called in a moment: its time counts from now, not from when it began to wait for a thread."""

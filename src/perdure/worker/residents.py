@@ -359,7 +359,7 @@ class Resident:
                 del self.deadlines[step]
                 op = self.play.line.ops.get(step)
                 if op is not None and op.state == PENDING:
-                    error = out_of_time("Its total_timeout has passed.", op.last_error)
+                    error = failure.out_of_time(failure.NO_TIME_LEFT, op.last_error)
                     self.inbox.append(Outcome(step, op.attempt, error=error, final=True))
         if self.retrying:
             for step in [s for s, due in self.retrying.items() if due <= now]:
@@ -454,7 +454,7 @@ class Resident:
         if delay is None:
             self._deliver(ev.StepFailed(**facts))
         elif deadline is not None and now + retry.micros(delay) >= deadline:
-            facts["error"] = out_of_time(failure.LAST_OF_ALL, error)
+            facts["error"] = failure.out_of_time(failure.LAST_OF_ALL, error)
             self._deliver(ev.StepFailed(**facts))
         else:
             retry_at = now + retry.micros(delay)
@@ -1012,11 +1012,6 @@ def _message_of(item: Mail | Outcome | Again) -> str | None:
     if isinstance(item, Mail):
         return item.id
     return getattr(item.event, "message", None) if isinstance(item, Again) else None
-
-
-def out_of_time(message: str, cause: RecordedError | None = None) -> RecordedError:
-    """The record of a step that did not end in time."""
-    return RecordedError(type="TimeoutError", message=message, kind="timed_out", cause=cause)
 
 
 def back_off(tries: int) -> int:

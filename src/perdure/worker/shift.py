@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Final, NamedTuple
 
-from perdure.core import codec, stored
+from perdure.core import codec, failure, stored
 from perdure.core import events as ev
 from perdure.core.errors import NO_THREAD, PerdureError, RunExists, StoreError
 from perdure.core.limits import Limits, limits_of
@@ -47,7 +47,7 @@ from perdure.worker.committer import Committer
 from perdure.worker.executing import ASK_AGAIN, OURS, Execution, Executor, soon
 from perdure.worker.lease import Heartbeat
 from perdure.worker.remote_end import NO_POLICY, StartPolicy, policy_of, policy_text
-from perdure.worker.residents import Fence, Outcome, Resident, fence_of, out_of_time, put_aside
+from perdure.worker.residents import Fence, Outcome, Resident, fence_of, put_aside
 from perdure.worker.watchdog import Watched
 
 log = logging.getLogger("perdure.worker")
@@ -742,8 +742,8 @@ class Shift:
         # It is cancelled when the record of this is acknowledged; what it returns until then is too late.
         execution.timer = None
         if not resident.gone and resident.executions.get(execution.step) is execution:
-            message = f"Attempt {execution.attempt} took longer than its timeout of {execution.call.policy.timeout}."
-            resident.outcome(Outcome(execution.step, execution.attempt, error=out_of_time(message)))
+            error = failure.out_of_time(execution.too_long)
+            resident.outcome(Outcome(execution.step, execution.attempt, error=error))
 
     def abandon(self, execution: Execution) -> None:
         """Nobody wants an execution's outcome any more."""

@@ -20,14 +20,14 @@ import msgspec
 from msgspec import UNSET, Raw
 
 from perdure.core import events as ev
-from perdure.core import stored
+from perdure.core import failure, stored
 from perdure.core.errors import PayloadError, RolledBack, StoreError
 from perdure.core.match import Op
 from perdure.core.turn import Busy, Committed, Turn
 from perdure.runtime import inside
 from perdure.runtime.drive_sync import SyncDriver
 from perdure.worker.executing import Execution, _current
-from perdure.worker.residents import RUNNING, Gathered, Outcome, Resident, out_of_time
+from perdure.worker.residents import RUNNING, Gathered, Outcome, Resident
 
 if TYPE_CHECKING:
     from perdure.stores.contract import OpenTransaction
@@ -163,10 +163,8 @@ class Attempt:
             return
         execution = self.execution
         self._leave()
-        message = f"Attempt {execution.attempt} took longer than its timeout of {execution.call.policy.timeout}."
-        if self._last:
-            message = "Its total_timeout has passed."
-        self.resident.outcome(Outcome(execution.step, execution.attempt, error=out_of_time(message), final=self._last))
+        error = failure.out_of_time(failure.NO_TIME_LEFT if self._last else execution.too_long)
+        self.resident.outcome(Outcome(execution.step, execution.attempt, error=error, final=self._last))
         self.resident.shift.abandon(execution)
 
     def _ended(self, result: _Recorded | _Failed | Any) -> None:
@@ -202,7 +200,7 @@ class Attempt:
         self._leave()
         outcome: Any = error
         if isinstance(error, RolledBack) and error.seconds is not None:
-            outcome = out_of_time(str(error))
+            outcome = failure.out_of_time(str(error))
         self.resident.outcome(Outcome(execution.step, execution.attempt, error=outcome, final=result.final))
         self._free()
 
