@@ -167,7 +167,7 @@ class StepTimedOut(StepFailed, TimeoutError, *(() if sys.version_info >= (3, 11)
     def _text(self) -> str:
         return (
             f"Step {quoted(self.step)} did not end in time after {_attempts(self.attempts)}. {_sentence(self.message)} "
-            "Give it a longer timeout= or total_timeout=, or catch StepTimedOut to go on without it."
+            "Let it do less, give it a longer timeout= or total_timeout=, or catch StepTimedOut to go on without it."
         )
 
 
