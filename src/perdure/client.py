@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, Protocol, TypeVar, overload
 
@@ -39,6 +39,7 @@ from perdure.core.errors import (
     StoreError,
     StoreLocked,
     UnknownWorkflow,
+    timed_out,
 )
 from perdure.core.failure import RecordedError
 from perdure.core.ids import sortable_id
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 C = TypeVar("C", bound="Client")
 
 log = logging.getLogger("perdure.client")
@@ -94,6 +96,10 @@ KNOWN_FOR: Final = 10.0
 """Seconds for which an announcement is believed: a deploy may have changed the signature."""
 FIRST_POLL: Final = 0.002
 LAST_POLL: Final = 0.05
+LOOK_FOR_BLOCKED: Final = 5.0
+"""Seconds between two looks for a blocked one among the runs that are waited for."""
+OVER: Final = ENDED | {Status.QUARANTINED}
+"""What `result()` does not wait beyond."""
 _FAILURES: Final = {
     "failed": RunFailed,
     "cancelled": RunCancelled,
@@ -103,14 +109,22 @@ _FAILURES: Final = {
 }
 
 
+class _Default(str):
+    """A default that can be told from the same word where it is given."""
+
+
+_USE: Final = _Default("use")
+_WEEK: Final = timedelta(days=7)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartOptions:
     """What `client.options(...)` sets for the next start."""
 
     id: str | None = None
     idempotency_key: str | None = None
-    idempotency_ttl: timedelta = timedelta(days=7)
-    if_exists: str = "use"
+    idempotency_ttl: timedelta = _WEEK
+    if_exists: str = _USE
     at: datetime | None = None
     delay: timedelta | None = None
     queue: str | None = None
@@ -175,6 +189,7 @@ class Core:
         self.asked_at = 0.0
         self.waiting: dict[Key, list[asyncio.Future[Ending]]] = {}
         self.recent: dict[Key, Ending] = {}
+        self.warned: set[Key] = set()  # blocked runs that somebody waits for, and was told so
         self.poller: asyncio.Task[None] | None = None
         self.opening: asyncio.Task[None] | None = None
         self.opened = False
@@ -354,11 +369,18 @@ class Core:
     def resolve(self, key: Key, ending: Ending) -> None:
         """Tell everybody who waits for this run, and keep it for those who ask in a moment."""
         self.recent[key] = ending
+        self.warned.discard(key)
         if len(self.recent) > REMEMBERED:
             del self.recent[next(iter(self.recent))]
         for future in self.waiting.pop(key, ()):
             if not future.done():
                 future.set_result(ending)
+
+    def warn_of(self, row: Row) -> None:
+        """Somebody waits for the end of a blocked run: the log says so once."""
+        if row.key not in self.warned:
+            self.warned.add(row.key)
+            log.warning("waiting for the result of a blocked run: %s", info_of(row).waits.blocked)
 
     async def end_of(self, key: Key) -> Ending:
         """Wait until a run has ended."""
@@ -383,6 +405,7 @@ class Core:
         """One poller for all awaited runs that are not in this process's memory."""
         pause = FIRST_POLL
         failed = False
+        look_at = asyncio.get_running_loop().time() + LOOK_FOR_BLOCKED
         while self.waiting:
             elsewhere = [key for key in self.waiting if self.shift is None or key not in self.shift.residents]
             found: list[Key] = []
@@ -390,8 +413,14 @@ class Core:
                 try:
                     found = await self.read(functools.partial(self.store.ended, elsewhere))
                     for row in await self.read(functools.partial(self.store.rows, found)) if found else ():
-                        if row.status in ENDED or row.status == "quarantined":
+                        if row.status in OVER:
                             self.resolve(row.key, Ending(row.status, row.result, row.error))
+                    if asyncio.get_running_loop().time() >= look_at:
+                        look_at += LOOK_FOR_BLOCKED
+                        unwarned = [key for key in elsewhere if key in self.waiting and key not in self.warned]
+                        for row in await self.read(functools.partial(self.store.rows, unwarned)):
+                            if row.status == "blocked":
+                                self.warn_of(row)
                 except Exception as error:
                     # Also what is a bug: nobody else would ever tell those who wait.
                     if not failed:
@@ -463,15 +492,15 @@ class Client:
         *,
         id: str | None = None,
         idempotency_key: str | None = None,
-        idempotency_ttl: timedelta | float = timedelta(days=7),
-        if_exists: str = "use",
+        idempotency_ttl: timedelta | float = _WEEK,
+        if_exists: str = _USE,
         at: datetime | None = None,
         delay: timedelta | float | None = None,
         queue: str | None = None,
         timeout: timedelta | float | None = None,
         connection: Any = None,
     ) -> C:
-        """The same client with these options for the next `start`.
+        """The same client with these options for the next `start`; a second call adds to them.
 
         id: 1 to 255 printable characters; default: a new one. idempotency_key: one run per key, workflow and
         `idempotency_ttl`. if_exists: "use" the run that has the id (also an ended one) or "fail". at, delay: start
@@ -489,20 +518,27 @@ class Client:
             raise ValueError(f'if_exists={if_exists!r} is not known. It is "use" or "fail".')
         if at is not None and delay is not None:
             raise ValueError("Both at= and delay= were given. They say the same thing twice. Pass one of them.")
+        given: dict[str, Any] = {}
+        if id is not None:
+            given["id"] = check_id(id, "the run id")
+        if idempotency_key is not None:
+            given["idempotency_key"] = check_id(idempotency_key, "the idempotency key")
+        if idempotency_ttl is not _WEEK:
+            given["idempotency_ttl"] = duration(idempotency_ttl, "idempotency_ttl=", zero=False)
+        if if_exists is not _USE:
+            given["if_exists"] = if_exists
         if at is not None:
             instant(at, "at=")
+            given.update(at=at, delay=None)
+        if delay is not None:
+            given.update(at=None, delay=duration(delay, "delay="))
+        if queue is not None:
+            given["queue"] = check_name(queue, "queue=")
+        if timeout is not None:
+            given["timeout"] = duration(timeout, "timeout=", zero=False)
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
-        view._options = StartOptions(
-            id=None if id is None else check_id(id, "the run id"),
-            idempotency_key=None if idempotency_key is None else check_id(idempotency_key, "the idempotency key"),
-            idempotency_ttl=duration(idempotency_ttl, "idempotency_ttl=", zero=False),
-            if_exists=if_exists,
-            at=at,
-            delay=None if delay is None else duration(delay, "delay="),
-            queue=None if queue is None else check_name(queue, "queue="),
-            timeout=None if timeout is None else duration(timeout, "timeout=", zero=False),
-        )
+        view._options = replace(self._options, **given)
         return view
 
     @overload
@@ -584,7 +620,7 @@ class Client:
         if isinstance(verdict, (Begun, Existing)):
             return RunHandle(core, verdict.id, returns, key=verdict.run)
         if isinstance(verdict, Taken):
-            raise RunExists(verdict.id)
+            raise RunExists(verdict.id, key=None if verdict.id == start.id else key)
         assert isinstance(verdict, Conflict)
         there = await core.read(lambda: store.run(core.namespace, verdict.id))
         differs = "workflow" if there is not None and there.workflow != name else "input"
@@ -625,6 +661,10 @@ class Client:
             raise UnknownWorkflow(name, sorted({*self._core.announced, *self._core.registry.workflows}))
         return announced
 
+    @overload
+    def handle(self, run_id: str, /, *, returns: type[T]) -> RunHandle[T]: ...
+    @overload
+    def handle(self, run_id: str, /, *, returns: Any = Any) -> RunHandle[Any]: ...
     def handle(self, run_id: str, /, *, returns: Any = Any) -> RunHandle[Any]:
         """A handle for a run by its id; no I/O, no check: the first verb may raise `RunNotFound`."""
         return RunHandle(self._core, check_id(run_id, "the run id"), plan(returns, what="returns="))
@@ -723,9 +763,9 @@ class RunHandle(Generic[R]):
             return await asyncio.wait_for(self._result(), seconds)
         except asyncio.TimeoutError:
             why = await self.why()
-            if await self.status() in ENDED:
+            if await self.status() in OVER:
                 return await self._result()
-            raise TimeoutError(f"The result did not come within {seconds:g} s. {why}") from None
+            raise timed_out(f"The result did not come within {seconds:g} s. {why}") from None
 
     async def _result(self) -> R:
         core = self._core
@@ -736,10 +776,10 @@ class RunHandle(Generic[R]):
         ):
             row = await core.row(self.id)
             self._key = row.key
-            if row.status in ENDED or row.status == "quarantined":
+            if row.status in OVER:
                 core.resolve(row.key, Ending(row.status, row.result, row.error))
             elif row.status == "blocked":
-                log.warning("waiting for the result of a blocked run: %s", info_of(row).waits.blocked)
+                core.warn_of(row)
         ending = await core.end_of(self._key)
         if ending.status == "completed":
             value: R = self._returns.decode(ending.result or "null", "the run's result")

@@ -7,6 +7,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -171,7 +172,7 @@ class Engine(Client):
         concurrency: int = 256,
         threads: int = 32,
         resident: int = 10_000,
-        lease: float = 15,
+        lease: timedelta | float = 15,
         limits: Limits | None = None,
         codec: Any = None,
         name: str | None = None,
@@ -206,7 +207,7 @@ def _serving(
     concurrency: int,
     threads: int,
     resident: int,
-    lease: float,
+    lease: timedelta | float,
     limits: Limits | None,
     name: str | None,
 ) -> _Serves:
@@ -247,7 +248,7 @@ class Worker:
         concurrency: int = 256,
         threads: int = 32,
         resident: int = 10_000,
-        lease: float = 15,
+        lease: timedelta | float = 15,
         limits: Limits | None = None,
         codec: Any = None,
         name: str | None = None,
@@ -295,7 +296,7 @@ class Worker:
                 loop.remove_signal_handler(number)
             await self._core.close()
 
-    async def stop(self, grace: float = GRACE) -> None:
+    async def stop(self, grace: timedelta | float = GRACE) -> None:
         """End `run()`: steps in flight get `grace` seconds, then the runs go back to others. Twice is once."""
         self._grace = duration(grace, "grace=").total_seconds()
         self._ask_to_stop()

@@ -74,7 +74,7 @@ class _EngineSettings(_ClientSettings, total=False):
     concurrency: int
     threads: int
     resident: int
-    lease: float
+    lease: timedelta | float
     name: str | None
 
 
@@ -238,7 +238,7 @@ class Client:
         transaction by itself; one with `isolation_level=None` must have begun one.
         """
         view = self._over(self._async.options(**options), self._loop)
-        view._connection = connection
+        view._connection = self._connection if connection is None else connection
         return view
 
     @overload
@@ -253,6 +253,10 @@ class Client:
         run = self._loop.wait(self._async.start(workflow, *args, **kwargs), connection)
         return RunHandle(run, self._loop, connection)
 
+    @overload
+    def handle(self, run_id: str, /, *, returns: type[T]) -> RunHandle[T]: ...
+    @overload
+    def handle(self, run_id: str, /, *, returns: Any = Any) -> RunHandle[Any]: ...
     def handle(self, run_id: str, /, *, returns: Any = Any) -> RunHandle[Any]:
         """As `Client.handle`."""
         return RunHandle(self._async.handle(run_id, returns=returns), self._loop, self._connection)
@@ -302,9 +306,10 @@ class Worker:
             restore()
             self._loop.stop()
 
-    def stop(self, grace: float = GRACE) -> None:
+    def stop(self, grace: timedelta | float = GRACE) -> None:
         """As `Worker.stop`."""
-        self._loop.wait(self._async.stop(grace))
+        if not self._loop.over:
+            self._loop.wait(self._async.stop(grace))
 
 
 class RunHandle(Generic[R]):

@@ -21,6 +21,7 @@ from perdure import (
     Retry,
     RetryAfter,
     RunCancelled,
+    RunFailed,
     RunHandle,
     StepFailed,
     StepTimedOut,
@@ -87,7 +88,7 @@ async def test_it_runs_on_its_own_queue_and_its_result_comes_back(tmp_path: Path
         async with engine(tmp_path, activities=[render], queues=("gpu",)):
             result = await handle.result(timeout=60)
             assert result[0] == (3, "blue")
-            assert seen == [("far", 1, result[1], "render")]
+            assert seen == [("far", 1, result[1], "paints")]
             assert await (await here.start(paints_sync)).result(timeout=60) == [0, 1, 2]
         assert kinds(await handle.history()) == ["started", "activity", "activity_ended", "ended"]
 
@@ -274,6 +275,31 @@ async def test_one_that_was_never_claimed_is_cancelled_without_being_executed(tm
         async with engine(tmp_path, activities=[render], queues=("gpu",)):
             await status_of(here.handle("u/far"), "cancelled")
     assert calls == []
+
+
+async def test_one_that_is_cancelled_by_hand_says_why(tmp_path: Path) -> None:
+    @activity(queue="gpu")
+    async def render() -> None: ...
+
+    @workflow
+    async def uses(ctx: Context) -> None:
+        await ctx.step.run("far", render)
+
+    async with engine(tmp_path, uses) as here:
+        handle = await here.options(id="u").start(uses)
+        await status_of(handle, "waiting")
+        await here.handle("u/far").cancel("no more paper")
+        async with engine(tmp_path, activities=[render], queues=("gpu",)):
+            with pytest.raises(RunFailed, match="no more paper"):
+                await handle.result(timeout=60)
+
+
+def test_its_parameters_may_have_any_name() -> None:
+    @activity
+    def takes(**given: int) -> dict[str, int]:
+        return given
+
+    assert takes(self=1) == {"self": 1}
 
 
 async def test_arguments_that_do_not_fit_fail_the_run_at_the_call(tmp_path: Path) -> None:

@@ -90,6 +90,16 @@ def test_what_is_committed_is_executed_and_what_is_rolled_back_never_happened(
     assert ask(tmp_path, "SELECT count(*) FROM perdure_mail") == [(1,)]
 
 
+def test_more_options_leave_it_part_of_the_transaction(here: Any, db: sqlite3.Connection, tmp_path: Path) -> None:
+    with_it = here.options(connection=db, id="order-1")
+    with_it.options(delay=0).start(order, 1).signal("by", "Ann")
+    db.rollback()
+    assert ask(tmp_path, "SELECT id FROM perdure_runs") == []
+    with db:
+        with_it.options(delay=0).start(order, 1).signal("by", "Ann")
+    assert here.handle("order-1").result(timeout=60) == "1 by Ann"
+
+
 def test_a_refused_call_leaves_no_transaction_open_that_it_has_begun(
     here: Any, db: sqlite3.Connection, tmp_path: Path
 ) -> None:

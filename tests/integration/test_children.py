@@ -69,15 +69,31 @@ async def test_a_child_that_nobody_waits_for_and_whose_id_is_taken_is_told_in_th
     async def emits(ctx: Context) -> None:
         await ctx.step.options(id="mine").emit_workflow("a", double, 1)
         await ctx.step.options(id="taken").emit_workflow("b", double, 2)
+        await ctx.step.options(idempotency_key="free").emit_workflow("c", double, 3)
+        await ctx.step.options(idempotency_key="K").emit_workflow("d", double, 4)
         await ctx.step.wait_signal("go")
 
     async with engine(tmp_path, emits, double, waiting) as it:
         await it.options(id="taken").start(waiting)
+        await it.options(idempotency_key="K").start(double, 4)
         await it.options(id="p").start(emits)
-        await until(lambda: "run p: its child was not started" in caplog.text)
+        await until(lambda: caplog.text.count("run p: its child was not started") == 2)
         assert await it.handle("mine").result(timeout=60) == 2
-        assert caplog.text.count("was not started") == 1
+        assert await it.handle("p/c").result(timeout=60) == 6
+        assert caplog.text.count("was not started") == 2
         assert 'Run "taken" exists already' in caplog.text
+        assert 'The idempotency key "K" or the id "p/d" was used before' in caplog.text
+
+
+async def test_a_child_whose_key_is_taken_fails_with_that_reason(tmp_path: Path) -> None:
+    @workflow
+    async def parent(ctx: Context) -> Any:
+        return await ctx.step.options(idempotency_key="K").run_workflow("c", double, 4)
+
+    async with engine(tmp_path, parent, double) as it:
+        assert await (await it.options(id="a").start(parent)).result(timeout=60) == 8
+        with pytest.raises(RunFailed, match='key "K" or the id "b/c" was used before'):
+            await (await it.options(id="b").start(parent)).result(timeout=60)
 
 
 async def test_every_run_below_knows_the_one_above_all(tmp_path: Path) -> None:

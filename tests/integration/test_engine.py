@@ -238,6 +238,8 @@ async def test_a_quarantined_run_still_has_its_timeout(tmp_path: Path) -> None:
             db.commit()
         async with engine(tmp_path, double):
             await status_of(handle, "quarantined")
+            with pytest.raises(RunFailed):
+                await handle.result(timeout=0)
             await status_of(handle, "timed_out")
 
 

@@ -411,6 +411,10 @@ async def test_who_waits_for_a_run_elsewhere_is_told_though_a_look_for_it_failed
         ("UPDATE perdure_history SET event = substr(event, 1, 10) WHERE run = ?", "no version of Perdure has written"),
         ('UPDATE perdure_history SET event = \'{"kind":"later"}\' WHERE run = ?', "A newer version wrote it"),
         ('UPDATE perdure_runs SET policy = \'{"awaited":"later"}\' WHERE key = ?', "its worker failed at it"),
+        (
+            "INSERT INTO perdure_mail (run, id, kind, name, data, at, unread) VALUES (?, 'm', 'later', '', '{}', 0, 1)",
+            'a message of the kind "later", which this version of Perdure does not know',
+        ),
         ("UPDATE perdure_runs SET waits = 'damaged', policy = '{' WHERE key = ?", "its worker failed at it"),
     ],
 )

@@ -28,7 +28,7 @@ from perdure import (
 )
 from perdure.runtime.context import SyncContext
 from perdure.stores.sqlite.store import SQLiteStore
-from tests.integration.helpers import ask, contents, engine, kinds, status_of, url_of
+from tests.integration.helpers import ask, contents, engine, kinds, status_of, until, url_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,9 +82,24 @@ async def test_an_idempotency_key_belongs_to_a_workflow_and_gives_one_run(tmp_pa
         assert (await keyed.start(other, 2)).id != first.id
         # The key is looked at before the id.
         assert (await it.options(idempotency_key="k", id="x").start(echo, 1)).id == first.id
-        with pytest.raises(RunExists):
+        with pytest.raises(RunExists, match='The idempotency key "k" was used before') as refused:
             await it.options(idempotency_key="k", if_exists="fail").start(echo, 1)
+        assert (refused.value.run_id, refused.value.key) == (first.id, "k")
     assert ask(tmp_path, "SELECT count(*) FROM perdure_runs") == [(2,)]
+
+
+async def test_a_second_call_of_options_adds_to_the_first(tmp_path: Path) -> None:
+    async with engine(tmp_path, echo) as it:
+        named = it.options(id="a", if_exists="fail", idempotency_ttl=5, at=datetime.now(timezone.utc))
+        later = named.options(delay=3600, timeout=7200)
+        assert (await later.start(echo, 1)).id == "a"
+        assert await later.handle("a").status() == "scheduled"
+        with pytest.raises(RunExists):
+            await later.start(echo, 1)
+        assert (await later.options(if_exists="use").start(echo, 1)).id == "a"
+        assert (await named.options(id="b").start(echo, 2)).id == "b"
+        assert await it.handle("b").result(timeout=60) == 2
+        assert (await it.start(echo, 3)).id not in ("a", "b")
 
 
 async def test_many_starts_with_one_key_from_several_processes_make_one_run(tmp_path: Path) -> None:
@@ -224,10 +239,32 @@ async def test_ends_are_one_for_everybody(tmp_path: Path) -> None:
 async def test_result_says_what_it_waits_for_and_the_run_goes_on(tmp_path: Path) -> None:
     async with engine(tmp_path, waiting) as it:
         handle: RunHandle[Any] = await it.start(waiting)
-        with pytest.raises(TimeoutError, match='for signal "go"'):
+        with pytest.raises(TimeoutError, match='for signal "go"') as late:
             await handle.result(timeout=0.05)
+        assert isinstance(late.value, asyncio.TimeoutError), "on Python 3.10 it is another class"
         await handle.signal("go", 1)
         assert await handle.result(timeout=60) == 1
+
+
+async def test_who_waits_for_a_run_that_is_blocked_meanwhile_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @workflow(name="waiting")
+    async def changed(ctx: Context) -> Any:
+        return await ctx.step.wait_signal("stop")
+
+    monkeypatch.setattr("perdure.client.LOOK_FOR_BLOCKED", 0.02)
+    async with engine(tmp_path, waiting) as it:
+        await status_of(await it.options(id="w").start(waiting), "waiting")
+    async with Client(url_of(tmp_path)) as client:
+        result = asyncio.ensure_future(client.handle("w").result())
+        async with engine(tmp_path, changed):
+            await client.handle("w").signal("go", 1)
+            await until(lambda: "waiting for the result of a blocked run: run w cannot be" in caplog.text)
+            await asyncio.sleep(0.2)
+        async with engine(tmp_path, waiting):
+            assert await asyncio.wait_for(result, 60) == 1
+    assert caplog.text.count("waiting for the result of a blocked run") == 1
 
 
 async def test_the_result_of_an_ended_run_is_there_at_once(tmp_path: Path) -> None:

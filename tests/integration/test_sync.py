@@ -111,6 +111,8 @@ def works(ctx: sync.Context) -> int:
 worker = sync.Worker(sys.argv[1], workflows=[works])
 print("serving", flush=True)
 worker.run()
+worker.stop()
+worker.stop()
 """
 
 

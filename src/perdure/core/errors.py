@@ -339,16 +339,24 @@ class RunNotFound(Refused):
 
 
 class RunExists(Refused):
-    """A run with this id exists and `if_exists="fail"` was given."""
+    """A run with this id or idempotency key exists and `if_exists="fail"` was given.
+
+    run_id: that run. key: the idempotency key, if that is what it has.
+    """
 
     run_id: str
+    key: str | None
 
-    def __init__(self, run_id: str) -> None:
+    def __init__(self, run_id: str, *, key: str | None = None) -> None:
         self.run_id = run_id
-        super().__init__(
-            f"Run {quoted(run_id)} exists already. An id belongs to one run, also after its end. "
-            'Choose another id, or pass if_exists="use" to get the existing run.'
-        )
+        self.key = key
+        if key is None:
+            what = (
+                f"Run {quoted(run_id)} exists already. An id belongs to one run, also after its end. Choose another id"
+            )
+        else:
+            what = f"The idempotency key {quoted(key)} was used before. It is that of run {quoted(run_id)}. Use another"
+        super().__init__(f'{what}, or pass if_exists="use" to get the existing run.')
 
 
 class RunFinished(Refused):

@@ -36,12 +36,11 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            number = isinstance(value, (int, float) if field.name == "busy" else int) and not isinstance(value, bool)
-            if not number or not value > 0:
+            kinds, named = ((int, float), "number") if field.name == "busy" else ((int,), "whole number")
+            if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
                 raise ValueError(
                     f"Limits({field.name}={value!r}) is not a positive number. A limit of nothing would refuse "
-                    f"everything. Leave it out for the default, or give a {'number' if number else 'whole number'} "
-                    "above 0."
+                    f"everything. Leave it out for the default, or give a {named} above 0."
                 )
 
 

@@ -615,6 +615,14 @@ class Step(_Asking):
         """Go on at this time (aware, to the year 9999); the past goes on at once."""
         return self._operation(self._sleep_until(id, when))
 
+    @overload
+    def wait_signal(
+        self, id: str, /, *, name: str | None = None, returns: type[T], timeout: timedelta | float | None = None
+    ) -> Operation[T]: ...
+    @overload
+    def wait_signal(
+        self, id: str, /, *, name: str | None = None, returns: Any = Any, timeout: timedelta | float | None = None
+    ) -> Operation[Any]: ...
     def wait_signal(
         self, id: str, /, *, name: str | None = None, returns: Any = Any, timeout: timedelta | float | None = None
     ) -> Operation[Any]:
@@ -786,6 +794,14 @@ class SyncStep(_Asking):
         """As `Step.sleep_until`."""
         self._finish(self._sleep_until(id, when))
 
+    @overload
+    def wait_signal(
+        self, id: str, /, *, name: str | None = None, returns: type[T], timeout: timedelta | float | None = None
+    ) -> T: ...
+    @overload
+    def wait_signal(
+        self, id: str, /, *, name: str | None = None, returns: Any = Any, timeout: timedelta | float | None = None
+    ) -> Any: ...
     def wait_signal(
         self, id: str, /, *, name: str | None = None, returns: Any = Any, timeout: timedelta | float | None = None
     ) -> Any:

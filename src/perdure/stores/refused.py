@@ -15,6 +15,21 @@ def item_refused(url: str, why: object) -> StoreError:
     return error
 
 
+def taken(start: Start) -> str:
+    """Why this start by a parent began no run."""
+    named = "activity" if start.kind == "activity" else "child"
+    if start.idempotency_key is None:
+        return (
+            f"Run {quoted(start.id)} exists already, and is not this {named} of this run. An id belongs to one run, "
+            "also after its end. Choose another with ctx.step.options(id=…)."
+        )
+    return (
+        f"The idempotency key {quoted(start.idempotency_key)} or the id {quoted(start.id)} was used before, and not by "
+        f"this {named} of this run. Each belongs to one run. Choose others with "
+        "ctx.step.options(idempotency_key=…, id=…)."
+    )
+
+
 def child_refused(start: Start) -> Send:
     """The message for the parent's mailbox, as if the child had failed; the same step is the same message.
 
@@ -23,11 +38,7 @@ def child_refused(start: Start) -> Send:
     assert start.parent is not None
     named = "activity" if start.kind == "activity" else "child"
     step = start.parent.step
-    message = (
-        f"Run {quoted(start.id)} exists already, and is not this {named} of this run. An id belongs to one run, also "
-        "after its end. Choose another with ctx.step.options(id=…)."
-    )
-    error = {"type": RunExists.__name__, "message": message}
+    error = {"type": RunExists.__name__, "message": taken(start)}
     data = {"step": step, "run": start.id, "status": "failed", "error": error}
     return Send(
         to=start.parent.run,

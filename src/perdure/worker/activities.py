@@ -17,7 +17,7 @@ from perdure.core.turn import Busy, Committed, Mail, Row, Turn
 from perdure.core.waits import Wait, Waits, waits_text
 from perdure.runtime.steps import NO_OPTIONS, LocalCall, Policy
 from perdure.worker.executing import Execution, StepInfo
-from perdure.worker.remote_end import StartPolicy, policy_of, telling_parent
+from perdure.worker.remote_end import StartPolicy, policy_of, reason_of, telling_parent
 from perdure.worker.residents import Fence, fence_of
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class ActivityRun:
         self.row = row
         self.attempt = row.attempt
         self.seen = [m.id for m in mail]
-        self.cancelled = any(m.kind == "cancel" for m in mail)
+        self.cancelled = next((m for m in mail if m.kind == "cancel"), None)
         self.gone = False
         self.execution: Execution | None = None
         self.flight: Turn | None = None
@@ -72,8 +72,8 @@ class ActivityRun:
         """Execute the attempt that is due, or end what was cancelled."""
         activity = self.shift.registry.activities[self.row.workflow]
         kept = policy_of(self.row.policy)
-        if self.cancelled:
-            self._end("cancelled", None, RecordedError(type="Cancelled", message="its parent gave it up"))
+        if self.cancelled is not None:
+            self._end_cancelled(self.cancelled)
             return
         try:
             args, kwargs = activity.signature.decode(self.row.input)
@@ -86,7 +86,8 @@ class ActivityRun:
         policy.total_timeout = None if kept.total_timeout is None else timedelta(microseconds=kept.total_timeout)
         call = LocalCall(activity.fn, tuple(args), kwargs, policy, self.shift.limits)
         step = self.row.parent_step or self.row.id
-        info = StepInfo(self.row.parent_id or self.row.id, self.row.workflow, step, self.attempt, self.row.seed)
+        workflow = kept.workflow or self.row.workflow
+        info = StepInfo(self.row.parent_id or self.row.id, workflow, step, self.attempt, self.row.seed)
         self.execution = Execution(step, self.attempt, call, info, self._ended)
         self.shift.admit(self.execution, self._begin)
 
@@ -111,11 +112,15 @@ class ActivityRun:
             return
         self.seen.append(mail.id)
         if mail.kind == "cancel" and self.flight is None and not self.gone:
-            self.cancelled = True
+            self.cancelled = mail
             # Its function is cancelled when that is recorded, as this leaves memory; one not called yet never is.
             if self.execution is not None and self.execution.withdraw():
                 self.shift.abandon(self.execution)
-            self._end("cancelled", None, RecordedError(type="Cancelled", message="its parent gave it up"))
+            self._end_cancelled(mail)
+
+    def _end_cancelled(self, request: Mail) -> None:
+        reason = reason_of(request) or "it was asked to cancel"
+        self._end("cancelled", None, RecordedError(type="Cancelled", message=reason))
 
     def _out_of_time(self, execution: Execution) -> None:
         execution.timer = None

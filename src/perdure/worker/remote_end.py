@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Raw
 
 from perdure.core import events as ev
+from perdure.core.errors import StoreTooNew, quoted
 from perdure.core.failure import NOTHING, RecordedError
 from perdure.core.retry import micros
 from perdure.core.turn import Mail, ParentLink, Send
@@ -32,20 +33,26 @@ class StartPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     retry: dict[str, Any] | None = None
     timeout: int | None = None
     total_timeout: int | None = None
+    workflow: str = ""  # an activity's: that of the run whose step it is
     root: str = ""  # the id of the run above all, where this one's own id does not begin with it
 
 
 NO_POLICY: Final = StartPolicy()
 
+_ENDS: Final[dict[str, type[ev.ChildEnded] | type[ev.ActivityEnded]]] = {
+    "child_ended": ev.ChildEnded,
+    "activity_ended": ev.ActivityEnded,
+}
 _encode = msgspec.json.encode
 _ends: msgspec.json.Decoder[RemoteEnd] = msgspec.json.Decoder(RemoteEnd)
 _policies: msgspec.json.Decoder[StartPolicy] = msgspec.json.Decoder(StartPolicy)
 
 
-def start_policy(policy: ActivityPolicy) -> StartPolicy:
-    """The policy of a dispatched activity as its row keeps it; what is code stays with the worker."""
+def start_policy(policy: ActivityPolicy, workflow: str) -> StartPolicy:
+    """The policy of an activity dispatched by a run of `workflow`, as its row keeps it; code stays with the worker."""
     given = policy.retry
     return StartPolicy(
+        workflow=workflow,
         retry={
             "max_attempts": given.max_attempts,
             "first_delay": micros(given.first_delay),
@@ -106,14 +113,24 @@ CANCEL = "perdure:cancel"
 """The id of every request to cancel: twice is once."""
 
 
+def reason_of(cancel: Mail) -> str:
+    """Why it is to cancel, as whoever asked says."""
+    return str(msgspec.json.decode(cancel.data).get("reason", ""))
+
+
 def input_of(mail: Mail, at: int) -> ev.Input:
-    """The input that a message becomes when it is delivered."""
+    """The input that a message becomes when it is delivered; `StoreTooNew` if a later version sent it."""
     if mail.kind == "signal":
         return ev.Signal(at=at, message=mail.id, name=mail.name, value=Raw(mail.data.encode()))
     if mail.kind == "cancel":
-        return ev.CancelRequested(at=at, message=mail.id, reason=str(msgspec.json.decode(mail.data).get("reason", "")))
+        return ev.CancelRequested(at=at, message=mail.id, reason=reason_of(mail))
+    made = _ENDS.get(mail.kind)
+    if made is None:
+        raise StoreTooNew(
+            f"This run has a message of the kind {quoted(mail.kind)}, which this version of Perdure does not know. "
+            f"It knows signal, cancel, {' and '.join(_ENDS)}. A newer version sent it: upgrade this process."
+        )
     end = _ends.decode(mail.data)
-    made = ev.ChildEnded if mail.kind == "child_ended" else ev.ActivityEnded
     return made(
         at=at,
         message=mail.id,

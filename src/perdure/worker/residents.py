@@ -569,7 +569,7 @@ class Resident:
             queue, timeout = queue or known.queue, timeout if timeout is not None else known.timeout
             input = known.signature.rewritten(input)
         given = spec.policy if spec.policy is not None else StartPolicy(awaited=op.awaited)
-        policy = start_policy(given) if isinstance(given, ActivityPolicy) else given
+        policy = start_policy(given, self.this.workflow) if isinstance(given, ActivityPolicy) else given
         if op.run.split("/")[0] != self.this.root:
             policy = msgspec.structs.replace(policy, root=self.this.root)
         return self.shift.start_facts(
@@ -806,7 +806,9 @@ class Resident:
         for message, error in gathered.unheard:
             tell_unheard(self.this.id, message, error)
         for start in turn.starts:
-            if not start.awaited and start.parent is not None and start.id != child_id(self.this.id, start.parent.step):
+            if start.awaited or start.parent is None:
+                continue
+            if start.idempotency_key is not None or start.id != child_id(self.this.id, start.parent.step):
                 self.shift.see_that_it_began(self, start)
         if turn.status != RUNNING or self.key in self.shift.parked:
             self.shift.noted(self)

@@ -22,7 +22,7 @@ from typing import Any, Final, NamedTuple
 
 from perdure.core import codec, failure, stored
 from perdure.core import events as ev
-from perdure.core.errors import NO_THREAD, PerdureError, RunExists, StoreError
+from perdure.core.errors import NO_THREAD, PerdureError, StoreError
 from perdure.core.limits import Limits, limits_of
 from perdure.core.match import Op
 from perdure.core.retry import micros
@@ -41,6 +41,7 @@ from perdure.runtime.context import ThisRun
 from perdure.runtime.drive_sync import BodyThreads, SyncDriver
 from perdure.runtime.registry import Registry
 from perdure.stores.contract import Store
+from perdure.stores.refused import taken
 from perdure.worker import transacting
 from perdure.worker.activities import ActivityRun
 from perdure.worker.committer import Committer
@@ -611,11 +612,11 @@ class Shift:
         self._read(read, done)
 
     def see_that_it_began(self, parent: Resident, start: Start) -> None:
-        """Nobody waits for this child, whose id was chosen: if another run has it, at least the log says so."""
+        """Nobody waits for this child, whose id or key was chosen: if another has it, at least the log says so."""
 
         def done(row: Row | StoreError | None) -> None:
-            if isinstance(row, Row) and row.parent != parent.key:
-                log.warning("run %s: its child was not started: %s", parent.id, RunExists(start.id))
+            if not isinstance(row, StoreError) and (row is None or row.parent != parent.key):
+                log.warning("run %s: its child was not started: %s", parent.id, taken(start))
 
         self._read(lambda: self.store.run(start.namespace, start.id), done)
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from sqlite3 import Connection
 from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import quote, urlencode
@@ -92,7 +93,7 @@ class SQLiteStore:
         path: str | os.PathLike[str],
         *,
         clock: Callable[[], int] | None = None,
-        busy_timeout: float = 5.0,
+        busy_timeout: timedelta | float = 5.0,
         durability: str = "full",
         create: bool = True,
         hints: bool = True,
@@ -102,7 +103,7 @@ class SQLiteStore:
         of_type(hints, bool, "hints=")
         given = os.fspath(path)
         of_type(given, str, "The path of a SQLite store")
-        busy_timeout = duration(busy_timeout, "busy_timeout=").total_seconds()
+        patience = duration(busy_timeout, "busy_timeout=").total_seconds()
         if any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in given):
             raise NotAStore(f"{given!r} is no file: its name has NUL or a lone surrogate in it. Mend the path.")
         if not given or given == ":memory:":
@@ -116,7 +117,7 @@ class SQLiteStore:
         self._path: Final = os.path.realpath(given)
         self._clock: Final = clock or _system_clock
         self.now = self._clock
-        self._busy_timeout: Final = busy_timeout
+        self._busy_timeout: Final = patience
         self._synchronous: Final = durability
         self._hints: Final = hints
 
