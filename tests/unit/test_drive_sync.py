@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from perdure.core.errors import NeverRests
+from perdure.runtime import drive_sync
 from perdure.runtime.drive_sync import BodyThreads
 from tests.unit.playing import THREADS, Run, work
 
@@ -230,3 +232,20 @@ def until(found: Callable[[], bool]) -> None:
     while not found():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def test_an_interruption_that_comes_when_the_body_has_just_returned_is_the_bodys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    came: list[int] = []
+
+    def arrives() -> None:
+        came.append(1)
+        raise NeverRests
+
+    monkeypatch.setattr(drive_sync, "arrives", arrives)
+    run = Run(two).value("a", "1").value("b", "2")
+    assert came
+    assert run.play.restless
+    idle_again()
+    assert THREADS.busy == 0

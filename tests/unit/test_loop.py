@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import dis
 import logging
 import sys
 from collections.abc import Callable
@@ -11,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from perdure.core.errors import NeverRests
+from perdure.runtime import loop as loop_module
+from perdure.runtime.loop import RunLoop
 from tests.unit.playing import Run, work
 
 
@@ -286,3 +290,47 @@ def test_step_failures_are_caught_by_their_own_type() -> None:
             return str(error)
 
     assert "no luck" in Run(flow).fails("a").result
+
+
+# --- an interruption of code that does not rest may come at any instruction of its thread
+
+
+@pytest.mark.parametrize("at", ["leave", "_set_running_loop", "_enter_task"])
+async def test_an_interruption_that_comes_when_the_code_is_left_leaves_the_callers_loop_running(
+    at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, task = asyncio.get_running_loop(), asyncio.current_task()
+    place: Any = RunLoop if at == "leave" else loop_module
+    real = getattr(place, at)
+    came: list[str] = []
+
+    def interrupted(*args: Any) -> None:
+        if not came and not (at == "_set_running_loop" and isinstance(args[0], RunLoop)):
+            came.append(at)
+            raise NeverRests
+        real(*args)
+
+    async def flow(ctx: Any) -> Any:
+        return await ctx.step.run("a", work)
+
+    monkeypatch.setattr(place, at, interrupted)
+    run = Run(flow)
+    assert came == [at]
+    assert run.play.restless
+    assert asyncio.get_running_loop() is here
+    assert asyncio.current_task() is task
+
+
+@pytest.mark.parametrize("function", [RunLoop.run_to_rest, RunLoop.close_all], ids=lambda function: function.__name__)
+def test_no_loop_stands_beside_the_finally_that_leaves_the_code(function: Any) -> None:
+    # From Python 3.12 on the instructions of a loop's jump may be outside of every `try` of their function.
+    assert not _jumps_back(function)
+    assert _jumps_back(_jumps_back), "this test sees one"
+
+
+def _jumps_back(function: Any) -> list[str]:
+    found = []
+    for each in dis.get_instructions(function):
+        if each.opcode in dis.hasjrel + dis.hasjabs and each.argval < each.offset:
+            found.append(each.opname)
+    return found

@@ -7,6 +7,7 @@ import contextvars
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Final
 
+from perdure.core.errors import NeverRests
 from perdure.core.match import Line, Op
 from perdure.runtime.context import Operation
 from perdure.runtime.loop import RunLoop, RunTask
@@ -52,7 +53,12 @@ class AsyncDriver:
     def run(self) -> bool:
         """Let the code go on until it rests or has returned; whether it has."""
         if self.loop.ready:
-            self.loop.run_to_rest(self.main)
+            try:
+                self.loop.run_to_rest(self.main)
+            except NeverRests:
+                # It may have come when the loop was being left.
+                self.loop.leave()
+                raise
         return self.main is not None and self.main.done()
 
     @property

@@ -18,6 +18,7 @@ from typing import Any
 from perdure.core.errors import Cancelled, Evicted, Suspended, Unwinding
 from perdure.core.match import LOCAL, Line, Op
 from perdure.runtime.inside import body
+from perdure.runtime.loop import arrives
 
 log = logging.getLogger("perdure.runtime")
 
@@ -266,12 +267,15 @@ class SyncDriver:
         self._to_driver.release()
 
     def _main(self) -> None:
-        self._enter()
         value: Any = None
         error: BaseException | None = None
         assert self._body is not None
         try:
+            self._enter()
             value = self._body()
+            # An interruption that comes when the body has just returned is the body's still.
+            self._inside = 0
+            arrives()
         except BaseException as caught:
             error = caught
         if self.stopped is not None:

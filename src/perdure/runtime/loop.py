@@ -174,13 +174,14 @@ class RunLoop(asyncio.AbstractEventLoop):
         self.prune_at = 64
         self.count = 0
         self.inside = 0
+        self._outside: tuple[Any, Any, Any] | None = None
         self.closed = False
         self.held = False
         self._generators: list[Any] | None = None
 
     # --- one function enters a run ---
 
-    def enter(self) -> tuple[Any, Any, Any]:
+    def enter(self) -> None:
         """Make this loop the running one of this thread, whatever ran before; `leave` restores it.
 
         A pair of calls, not a context manager: it happens at every input.
@@ -192,48 +193,56 @@ class RunLoop(asyncio.AbstractEventLoop):
         hooks = sys.get_asyncgen_hooks()
         _set_running_loop(self)
         sys.set_asyncgen_hooks(None, self._generator_dropped)
+        self._outside = outer, task, hooks
         self.inside = threading.get_ident()
-        return outer, task, hooks
 
-    def leave(self, before: tuple[Any, Any, Any]) -> None:
-        """Restore what `enter` found."""
-        outer, task, hooks = before
+    def leave(self) -> None:
+        """Restore what `enter` found. Twice is once, and what an interruption cut short is done by the next call."""
         self.inside = 0
+        if self._outside is None:
+            return
+        outer, task, hooks = self._outside
         sys.set_asyncgen_hooks(*hooks)
         _set_running_loop(outer)
-        if task is not None:
+        if task is not None and asyncio_tasks.current_task(outer) is None:
             _enter_task(outer, task)
+        self._outside = None
 
     def run_to_rest(self, main: RunTask | None) -> None:
         """Run what is ready, and what that makes ready, until nothing is; stop the moment `main` is done."""
+        self.enter()
+        # The interruption of code that does not rest, like Ctrl-C, may come at any instruction of the thread; from
+        # Python 3.12 on no `finally` is reached from the jump of a loop in the same function.
+        try:
+            self._run_ready(main)
+        finally:
+            self.leave()
+
+    def _run_ready(self, main: RunTask | None) -> None:
         ready = self.ready
         left = MOST_CALLBACKS
-        before = self.enter()
-        try:
-            while ready:
-                handle: Any = ready.popleft()
-                if handle._cancelled:
-                    continue
-                try:
-                    if type(handle) is StepWait:
-                        handle._context.run(handle._callback, handle)
-                    else:
-                        handle._context.run(handle._callback, *handle._args)
-                except (KeyboardInterrupt, SystemExit):
-                    # The task has kept it as its outcome; a real interrupt of the process comes again.
-                    pass
-                except Exception as error:
-                    self.call_exception_handler({"message": "a callback failed", "exception": error})
-                if main is not None and main.done():
-                    return
-                left -= 1
-                if left == 0:
-                    raise NeverRests(
-                        f"{MOST_CALLBACKS} callbacks without rest",
-                        where=line_of(getattr(handle._callback, "__self__", None)),
-                    )
-        finally:
-            self.leave(before)
+        while ready:
+            handle: Any = ready.popleft()
+            if handle._cancelled:
+                continue
+            try:
+                if type(handle) is StepWait:
+                    handle._context.run(handle._callback, handle)
+                else:
+                    handle._context.run(handle._callback, *handle._args)
+            except (KeyboardInterrupt, SystemExit):
+                # The task has kept it as its outcome; a real interrupt of the process comes again.
+                pass
+            except Exception as error:
+                self.call_exception_handler({"message": "a callback failed", "exception": error})
+            if main is not None and main.done():
+                return
+            left -= 1
+            if left == 0:
+                raise NeverRests(
+                    f"{MOST_CALLBACKS} callbacks without rest",
+                    where=line_of(getattr(handle._callback, "__self__", None)),
+                )
 
     def keep(self, task: RunTask) -> None:
         """Hold a task until it is done, so that the collector never closes one behind the code's back."""
@@ -256,11 +265,11 @@ class RunLoop(asyncio.AbstractEventLoop):
         self.tasks.clear()
         survivors: list[Any] = []
         if left:
-            before = self.enter()
+            self.enter()
             try:
-                survivors = [task for task in reversed(left) if not _closed(task)]
+                survivors = _not_closed(left)
             finally:
-                self.leave(before)
+                self.leave()
         self.ready.clear()
         return survivors
 
@@ -368,6 +377,14 @@ class RunLoop(asyncio.AbstractEventLoop):
 def tell_unheard(run_id: str, message: str, error: BaseException | None) -> None:
     """Log an error of a run's code that nobody caught."""
     log.error("run %s: %s", run_id, message, exc_info=error)
+
+
+def arrives() -> None:
+    """The interpreter raises what another thread has set for this one when a function begins, and no later."""
+
+
+def _not_closed(tasks: list[RunTask]) -> list[RunTask]:
+    return [task for task in reversed(tasks) if not _closed(task)]
 
 
 def _closed(task: RunTask) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from perdure.core.errors import NeverRests
-from perdure.runtime.loop import is_theirs, line_of
+from perdure.runtime.loop import arrives, is_theirs, line_of
 
 log = logging.getLogger("perdure.worker")
 
@@ -49,10 +49,6 @@ class Watched:
         with self.lock:
             self.since = 0.0
         arrives()
-
-
-def arrives() -> None:
-    """The interpreter raises what another thread has set for this one when a function begins, and no later."""
 
 
 class Watchdog:
