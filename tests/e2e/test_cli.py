@@ -370,14 +370,18 @@ def test_a_blocked_run_shows_its_report_and_goes_on_when_the_code_is_put_right(s
         (["flows.py"], "MODULE:WORKFLOW"),
         (["nowhere.py:greet"], "There is no file nowhere.py"),
         (["nowhere:greet"], "ModuleNotFoundError: No module named 'nowhere'"),
+        (["nowhere.orders:greet"], "Give the command in the folder that has nowhere, or the path to its .py file.\n"),
+        (["needing.py:greet"], "Install that module where perdure is installed, or mend the import.\n"),
         (["broken.py:greet"], "SyntaxError"),
         (["raising.py:greet"], "KeyError: 'HOME_OF_NOBODY'"),
+        (["raising.py:greet"], "). Mend the module and give the command again.\n"),
         (["json:greet"], "holds no workflows"),
     ],
 )
 def test_wrong_input_is_exit_2_in_a_sentence(shell: Shell, arguments: list[str], saying: str) -> None:
     (shell.folder / "broken.py").write_text("def (")
     (shell.folder / "raising.py").write_text("import os\nos.environ['HOME_OF_NOBODY']\n")
+    (shell.folder / "needing.py").write_text("import nowhere.orders\n")
     said = shell.do("run", *arguments)
     assert said.code == 2, said.err
     assert saying in said.err
