@@ -56,6 +56,10 @@ QUICK = Scale(
 )
 
 
+PEERS = {"dbos": "DBOS", "absurd": "Absurd"}
+"""As they are named in the answers of a row, and in what is printed of them."""
+
+
 class Failed(Exception):
     """A measurement that ended without an answer; the text is the last line it said."""
 
@@ -99,6 +103,12 @@ def dbos(workload: str, size: float, **options: object) -> Answer:
 
 def absurd(workload: str, size: float, **options: object) -> Answer:
     return program(peers.python("absurd"), HERE / "peer_absurd.py", workload, size, *flags(options))
+
+
+def remarks(answers: dict[str, list[Any]], failures: list[str], notes: Iterable[str] = ()) -> str:
+    """What stands beside a row: notes, what each peer was set to, as its program says, and what failed."""
+    peers = [f"{title}: {answers[name][0]['settings']}" for name, title in PEERS.items() if name in answers]
+    return "; ".join([*notes, *peers, *failures])
 
 
 def flags(options: dict[str, object]) -> Iterable[str]:

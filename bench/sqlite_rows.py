@@ -10,10 +10,9 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from programs import Answer, Scale, dbos, fleet, floor, gathered, ours, program, side_by_side
-from table import Check, Line, at_least, at_most, joined, percentile
+from programs import Answer, Scale, dbos, fleet, floor, gathered, ours, program, remarks, side_by_side
+from table import Check, Line, at_least, at_most, percentile, times_dbos
 
-VOID = "void: the floor must do 10 times DBOS"
 ENGINES = 2
 """Processes of ours at full load: with one, one core is the limit; a third gains nothing on two cores."""
 DBOS = {"processes": 3, "threads": 1, "pool": 4}
@@ -41,19 +40,21 @@ def throughput(scale: Scale, *, steps: int, concurrency: int, judged: bool = Fal
     # What nothing is asked of is measured once.
     answers, failures = gathered(scale.rounds if judged else 1, programs)
     rates = {name: median(each["steps_per_s"] for each in rounds) for name, rounds in answers.items()}
-    checks: list[Check] = []
-    note = ""
-    if judged and rates.keys() >= {"floor", "bare", "dbos"}:
+    times, void = times_dbos(rates)
+    checks = [
+        at_least(what, rates["async"] / rates[name], wanted, void=void)
+        for name, what, wanted in (("floor", "part of floor", 0.4), ("dbos", "times DBOS", 40))
+        if judged and rates.keys() >= {"async", name}
+    ]
+    notes = [f"{ENGINES} processes of ours"] if judged else []
+    if times:
+        notes.append(f"floors: {times[0]:.0f} and {times[1]:.0f} times DBOS")
+    if "floor" in answers:
         ways = answers["floor"][0]
-        times = [rates[name] / rates["dbos"] for name in ("floor", "bare")]
-        note = f"floors: {times[0]:.0f} and {times[1]:.0f} times DBOS; {ways['way']}, {ways['rows_of']}"
-        note += f"; {ENGINES} processes of ours"
-        if "async" in rates:
-            void = VOID if min(times) < 10 else ""
-            checks.append(at_least("part of floor", rates["async"] / rates["floor"], 0.4, void=void))
-            checks.append(at_least("times DBOS", rates["async"] / rates["dbos"], 40))
+        notes.append(f"{ways['way']}, {ways['rows_of']}")
     what = f"{steps}-step runs, {concurrency} at once"
-    return [Line(what=what, unit="steps/s", values=rates, checks=tuple(checks), note=joined(note, failures))]
+    note = remarks(answers, failures, notes)
+    return [Line(what=what, unit="steps/s", values=rates, checks=tuple(checks), note=note)]
 
 
 def latency(scale: Scale) -> list[Line]:
@@ -79,7 +80,7 @@ def latency(scale: Scale) -> list[Line]:
         even.append(at_most("ms, DBOS's p50", p99["async"], p50["dbos"], strictly=True))
     what = "one run alone, 3 steps, start to result"
     return [
-        Line(what=f"{what}, p50", unit="ms", values=p50, checks=tuple(fast), note=joined("", failures)),
+        Line(what=f"{what}, p50", unit="ms", values=p50, checks=tuple(fast), note=remarks(answers, failures)),
         Line(what=f"{what}, p99", unit="ms", values=p99, checks=tuple(even)),
     ]
 
@@ -93,7 +94,7 @@ def sleeps(scale: Scale) -> list[Line]:
     middle = {name: median(median(each["ms"]) for each in rounds) for name, rounds in answers.items()}
     worst = {name: median(max(each["ms"]) for each in rounds) for name, rounds in answers.items()}
     return [
-        Line(what=f"{what} p50", unit="ms", values=middle, note=joined("", failures)),
+        Line(what=f"{what} p50", unit="ms", values=middle, note=remarks(answers, failures)),
         Line(what=f"{what} worst", unit="ms", values=worst),
     ]
 
@@ -113,7 +114,7 @@ def signal(scale: Scale) -> list[Line]:
     if values.keys() >= {"async", "floor"}:
         checks.append(at_most("commits of the floor", values["async"] / values["floor"], 2.5))
     what = "signal to result, p50 (floor: one commit after the same rest)"
-    return [Line(what=what, unit="ms", values=values, checks=tuple(checks), note=joined("", failures))]
+    return [Line(what=what, unit="ms", values=values, checks=tuple(checks), note=remarks(answers, failures))]
 
 
 def recovery(scale: Scale) -> list[Line]:
