@@ -243,11 +243,14 @@ def recovery(scale: Scale, postgres: Postgres) -> list[Line]:
                 rounds.append(fleet("recovery", store=store, signal=signal, lease=lease))
         return rounds
 
+    with postgres.fresh() as store:
+        commit = median(pg_floor(store=store, seconds=0.3, concurrency=1)["commit_ms"])
+
     def line(what: str, rounds: list[Answer], allowed: float) -> Line:
         return Line(
-            what=f"PostgreSQL: {what}: until its runs go on in another",
+            what=f"PostgreSQL: {what}: until its runs go on in another (floor: one commit)",
             unit="ms",
-            values={"async": median(max(each["gone_on_ms"]) for each in rounds)},
+            values={"async": median(max(each["gone_on_ms"]) for each in rounds), "floor": commit},
             checks=(
                 at_most("ms, worst round", max(max(each["gone_on_ms"]) for each in rounds), allowed),
                 at_most("runs lost", sum(each["lost"] for each in rounds), 0),

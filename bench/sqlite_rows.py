@@ -10,7 +10,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from programs import Answer, Scale, dbos, fleet, floor, gathered, ours, program, remarks, side_by_side
+from programs import Answer, Scale, commit, dbos, fleet, floor, gathered, ours, program, remarks, side_by_side, sleepers
 from table import Check, Line, at_least, at_most, percentile, times_dbos
 
 ENGINES = 2
@@ -34,9 +34,10 @@ def throughput(scale: Scale, *, steps: int, concurrency: int, judged: bool = Fal
         "sync": lambda: engine(sync=True) if judged else ours("throughput", sync=True, **size),
         "dbos": lambda: dbos(peer, scale.seconds, concurrency=concurrency, **(DBOS if judged else {})),
         "floor": lambda: floor(**size),
+        "bare": lambda: floor(bare=True, **size),
     }
     if judged:
-        programs["bare"] = lambda: floor(bare=True, **size)
+        programs["alone"] = lambda: ours("throughput", **size)
     # What nothing is asked of is measured once.
     answers, failures = gathered(scale.rounds if judged else 1, programs)
     rates = {name: median(each["steps_per_s"] for each in rounds) for name, rounds in answers.items()}
@@ -54,7 +55,12 @@ def throughput(scale: Scale, *, steps: int, concurrency: int, judged: bool = Fal
         notes.append(f"{ways['way']}, {ways['rows_of']}")
     what = f"{steps}-step runs, {concurrency} at once"
     note = remarks(answers, failures, notes)
-    return [Line(what=what, unit="steps/s", values=rates, checks=tuple(checks), note=note)]
+    lines = [Line(what=what, unit="steps/s", values=rates, checks=tuple(checks), note=note)]
+    if "alone" in rates:
+        alone = rates.pop("alone")
+        note = f"{ENGINES} processes: {rates['async'] / alone:.2f} times as many" if "async" in rates else ""
+        lines.append(Line(what=f"{what}, in one process", unit="steps/s", values={"async": alone}, note=note))
+    return lines
 
 
 def latency(scale: Scale) -> list[Line]:
@@ -88,9 +94,13 @@ def latency(scale: Scale) -> list[Line]:
 def sleeps(scale: Scale) -> list[Line]:
     answers, failures = gathered(
         1,
-        {"async": lambda: ours("sleeps", runs=scale.sleeps), "dbos": lambda: dbos("sleeps", scale.sleeps)},
+        {
+            "async": lambda: ours("sleeps", runs=scale.sleeps),
+            "dbos": lambda: dbos("sleeps", scale.sleeps),
+            "floor": lambda: {"ms": sleepers(scale.sleeps)},
+        },
     )
-    what = f"{scale.sleeps:,} one-second sleeps, lateness"
+    what = f"{scale.sleeps:,} one-second sleeps (floor: asyncio.sleep), lateness"
     middle = {name: median(median(each["ms"]) for each in rounds) for name, rounds in answers.items()}
     worst = {name: median(max(each["ms"]) for each in rounds) for name, rounds in answers.items()}
     return [
@@ -121,9 +131,9 @@ def recovery(scale: Scale) -> list[Line]:
     rounds = [fleet("recovery") for _ in range(scale.few)]
     return [
         Line(
-            what="killed worker: until all its runs go on in another",
+            what="killed worker: until all its runs go on in another (floor: one commit)",
             unit="ms",
-            values={"async": median(max(each["gone_on_ms"]) for each in rounds)},
+            values={"async": median(max(each["gone_on_ms"]) for each in rounds), "floor": median(commit())},
             checks=(
                 at_most("ms, worst round", max(max(each["gone_on_ms"]) for each in rounds), 1000),
                 at_most("runs lost", sum(each["lost"] for each in rounds), 0),
@@ -154,9 +164,9 @@ def four(scale: Scale) -> list[Line]:
             note="each: " + ", ".join(f"{rate:,.0f}" for rate in rates),
         ),
         Line(
-            what="four processes on one file: longest wait for a start's commit",
+            what="four processes on one file: longest wait for a start's commit (floor: one commit alone)",
             unit="ms",
-            values={"async": worst},
+            values={"async": worst, "floor": median(commit())},
             checks=(at_most("ms", worst, 1000),),
         ),
     ]
@@ -179,9 +189,9 @@ def parked(scale: Scale) -> list[Line]:
             f"{left['starts_per_s']:,.0f} starts/s",
         ),
         Line(
-            what=f"{what}: waking 2,000 that are not in memory, beyond the sleep",
+            what=f"{what}: waking 2,000 that are not in memory, beyond the sleep (floor: asyncio.sleep)",
             unit="s",
-            values={"async": found["late_s"]},
+            values={"async": found["late_s"], "floor": max(sleepers(2000)) / 1000},
             checks=(at_most("s", found["late_s"], 0.5),),
             note="void: opened after the instant" if found["opened_too_late"] else "",
         ),
@@ -212,21 +222,33 @@ def flat(scale: Scale) -> list[Line]:
 
 
 def replay(scale: Scale) -> list[Line]:
-    rebuilt = []
+    rebuilt, read = [], []
     for _ in range(scale.few):
         with tempfile.TemporaryDirectory(prefix="bench-replay-") as folder:
             store = f"sqlite:///{folder}/replay.db"
             ours("record", store=store, steps=scale.replayed)
             found = ours("replay", store=store)
             rebuilt.append(found["long_ms"] - found["short_ms"])
+            read.append(program(sys.executable, "-c", READING, f"{folder}/replay.db")["ms"])
     return [
         Line(
-            what=f"replay of a {scale.replayed:,}-step run (beyond that of one step)",
+            what=f"replay of a {scale.replayed:,}-step run beyond that of one step (floor: its events read and parsed)",
             unit="ms",
-            values={"async": median(rebuilt)},
+            values={"async": median(rebuilt), "floor": median(read)},
             checks=(at_most("ms", median(rebuilt), 300, strictly=True),),
         )
     ]
+
+
+READING = """
+import sqlite3, sys, time, msgspec
+db = sqlite3.connect(sys.argv[1])
+[long] = db.execute("SELECT run FROM perdure_history GROUP BY run ORDER BY count(*) DESC LIMIT 1").fetchone()
+began = time.perf_counter()
+for [event] in db.execute("SELECT event FROM perdure_history WHERE run = ? ORDER BY seq", [long]):
+    msgspec.json.decode(event)
+print('{"ms": %f}' % ((time.perf_counter() - began) * 1000))
+"""
 
 
 def idle(scale: Scale) -> list[Line]:
