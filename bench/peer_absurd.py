@@ -145,6 +145,14 @@ def timed(act: Callable[[], object], seconds: float) -> list[float]:
     return taken
 
 
+def settings(asked: argparse.Namespace) -> str:
+    """What this measurement was set to, for the table."""
+    if asked.workload == "latency":
+        return "one process that spawns, works off and fetches"
+    kind = "async workers" if asked.asynchronous else "sync workers"
+    return f"{kind}, processes={asked.workers}, threads={asked.threads}, batch={asked.batch}, poll={asked.poll:g} s"
+
+
 def main() -> None:
     collector.settle()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -163,9 +171,8 @@ def main() -> None:
         return
     install(asked.store)
     measure: Callable[..., dict[str, Any]] = throughput if asked.workload == "steps-3" else latency
-    print(
-        json.dumps({**measure(asked.store, asked), "version": version("absurd-sdk"), "python": sys.version.split()[0]})
-    )
+    said = {"settings": settings(asked), "version": version("absurd-sdk"), "python": sys.version.split()[0]}
+    print(json.dumps({**measure(asked.store, asked), **said}))
 
 
 if __name__ == "__main__":

@@ -203,6 +203,15 @@ def together(asked: argparse.Namespace, store: str) -> dict[str, Any]:
     return {name: sum(each[name] for each in answers) for name in ("runs", "runs_per_s", "steps_per_s")}
 
 
+def settings(asked: argparse.Namespace, store: str) -> str:
+    """What this measurement was set to, for the table."""
+    kind = "async workflows" if asked.asynchronous or asked.workload in ("sleeps", "signals") else "sync workflows"
+    if asked.workload == "latency":
+        kind += ", a plain call or a handle"
+    ping = "" if store.startswith("sqlite") else f", ping={'on' if asked.ping else 'off'}"
+    return f"{kind}, processes={asked.processes}, threads={asked.threads}, pool={asked.pool}, poll={POLL:g} s{ping}"
+
+
 def main() -> None:
     collector.settle()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -218,6 +227,7 @@ def main() -> None:
     parser.add_argument("--at", type=float, default=0.0, help="Unix time: when to begin")
     asked = parser.parse_args()
     measure = together if asked.processes > 1 else measured
+    said = settings(asked, asked.store or "sqlite")
     if asked.store:
         answer = measure(asked, asked.store)
     else:
@@ -226,7 +236,7 @@ def main() -> None:
             with sqlite3.connect(file) as made:
                 made.execute("PRAGMA journal_mode=WAL")
             answer = measure(asked, f"sqlite:///{file}")
-    print(json.dumps({**answer, "version": version("dbos"), "python": sys.version.split()[0]}))
+    print(json.dumps({**answer, "settings": said, "version": version("dbos"), "python": sys.version.split()[0]}))
 
 
 if __name__ == "__main__":

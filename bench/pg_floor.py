@@ -127,16 +127,19 @@ def throughput(store: str, commits: Commits, asked: argparse.Namespace) -> dict[
 
 def latency(store: str, commits: Commits, asked: argparse.Namespace) -> dict[str, Any]:
     ms: list[float] = []
+    commit_ms: list[float] = []
     with connected(store) as db:
         end = time.perf_counter() + asked.seconds
         for run in count(FIRST):
-            began = time.perf_counter()
+            began = last = time.perf_counter()
             for commit in range(len(commits)):
                 write(db, transaction(commits, [(commit, range(run, run + 1))]))
-            ms.append((time.perf_counter() - began) * 1000)
-            if time.perf_counter() > end:
+                last, before = time.perf_counter(), last
+                commit_ms.append((last - before) * 1000)
+            ms.append((last - began) * 1000)
+            if last > end:
                 break
-    return {"ms": ms}
+    return {"ms": ms, "commit_ms": commit_ms}
 
 
 def rows(commits: Commits) -> dict[str, int]:

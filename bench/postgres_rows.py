@@ -10,14 +10,28 @@ from statistics import mean, median
 from typing import Any
 
 from postgres import Postgres
-from programs import HERE, Answer, Failed, Scale, absurd, dbos, fleet, gathered, ours, pg_floor, program, side_by_side
-from table import Check, Line, at_least, at_most, joined, percentile
+from programs import (
+    HERE,
+    PEERS,
+    Answer,
+    Failed,
+    Scale,
+    absurd,
+    dbos,
+    fleet,
+    gathered,
+    ours,
+    pg_floor,
+    program,
+    remarks,
+    side_by_side,
+)
+from table import Check, Line, at_least, at_most, joined, percentile, times_dbos
 
 ENGINES = 2
 """Processes of ours at full load: with one, one core is the limit (`pg-workers`); with three, the batches are small."""
 DBOS = {"processes": 3, "threads": 2, "pool": 4}
 ABSURD = {"workers": 4, "batch": 32}
-PEERS = "DBOS: 3 processes, each with 2 executor threads and a pool of 4; Absurd: 4 sync workers, 32 tasks a claim"
 LEASE = 4.0
 """Seconds; for the row of the lost machine, so that it need not wait for the default of 15."""
 
@@ -64,8 +78,9 @@ def throughput(scale: Scale, postgres: Postgres) -> list[Line]:
         for name in ("async", "floor", "bare")
         if name in answers
     }
+    times, void = times_dbos(rates)
     fast = [
-        at_least(what, rates["async"] / rates[name], wanted)
+        at_least(what, rates["async"] / rates[name], wanted, void=void)
         for name, what, wanted in (
             ("dbos", "times DBOS", 50),
             ("absurd", "times Absurd", 15),
@@ -73,13 +88,15 @@ def throughput(scale: Scale, postgres: Postgres) -> list[Line]:
         )
         if rates.keys() >= {"async", name}
     ]
-    cheap = [at_most("times a bare insert", spent["async"] / spent["bare"], 3.5)] if len(spent) == 3 else []
-    note = f"{ENGINES} processes of ours; {median(batches or [0]):.0f} turns a transaction, in the floors too"
+    cheap = [at_most("times a bare insert", spent["async"] / spent["bare"], 3.5, void=void)] if len(spent) == 3 else []
+    notes = [f"{ENGINES} processes of ours", f"{median(batches or [0]):.0f} turns a transaction, in the floors too"]
+    if times:
+        notes.append(f"floors: {times[0]:.0f} and {times[1]:.0f} times DBOS")
     if "floor" in answers:
-        note += f"; rows of a run: {answers['floor'][0]['rows_per_run']}"
+        notes.append(f"rows of a run: {answers['floor'][0]['rows_per_run']}")
     what = "PostgreSQL: 3-step runs, 256 at once"
     return [
-        Line(what=what, unit="steps/s", values=rates, checks=tuple(fast), note=joined(note, failures)),
+        Line(what=what, unit="steps/s", values=rates, checks=tuple(fast), note=remarks(answers, failures, notes)),
         Line(what=f"{what}: CPU of the server", unit="ms per run", values=spent, checks=tuple(cheap)),
     ]
 
@@ -106,12 +123,18 @@ def latency(scale: Scale, postgres: Postgres) -> list[Line]:
     p50, p99 = at(0.5), at(0.99)
     checks = [
         at_most(f"part of {title}'s", p50["async"] / p50[name], 1 / 3)
-        for name, title in (("dbos", "DBOS"), ("absurd", "Absurd"))
+        for name, title in PEERS.items()
         if p50.keys() >= {"async", name}
     ]
     what = "PostgreSQL: one run alone, 3 steps, start to result"
     return [
-        Line(what=f"{what}, p50", unit="ms", values=p50, checks=tuple(checks), note=joined("", failures)),
+        Line(
+            what=f"{what}, p50",
+            unit="ms",
+            values=p50,
+            checks=tuple(checks),
+            note=remarks(answers, failures),
+        ),
         Line(what=f"{what}, p99", unit="ms", values=p99),
     ]
 
@@ -220,11 +243,14 @@ def recovery(scale: Scale, postgres: Postgres) -> list[Line]:
                 rounds.append(fleet("recovery", store=store, signal=signal, lease=lease))
         return rounds
 
+    with postgres.fresh() as store:
+        commit = median(pg_floor(store=store, seconds=0.3, concurrency=1)["commit_ms"])
+
     def line(what: str, rounds: list[Answer], allowed: float) -> Line:
         return Line(
-            what=f"PostgreSQL: {what}: until its runs go on in another",
+            what=f"PostgreSQL: {what}: until its runs go on in another (floor: one commit)",
             unit="ms",
-            values={"async": median(max(each["gone_on_ms"]) for each in rounds)},
+            values={"async": median(max(each["gone_on_ms"]) for each in rounds), "floor": commit},
             checks=(
                 at_most("ms, worst round", max(max(each["gone_on_ms"]) for each in rounds), allowed),
                 at_most("runs lost", sum(each["lost"] for each in rounds), 0),

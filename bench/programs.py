@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -56,6 +57,10 @@ QUICK = Scale(
 )
 
 
+PEERS = {"dbos": "DBOS", "absurd": "Absurd"}
+"""As they are named in the answers of a row, and in what is printed of them."""
+
+
 class Failed(Exception):
     """A measurement that ended without an answer; the text is the last line it said."""
 
@@ -99,6 +104,41 @@ def dbos(workload: str, size: float, **options: object) -> Answer:
 
 def absurd(workload: str, size: float, **options: object) -> Answer:
     return program(peers.python("absurd"), HERE / "peer_absurd.py", workload, size, *flags(options))
+
+
+def remarks(answers: dict[str, list[Any]], failures: list[str], notes: Iterable[str] = ()) -> str:
+    """What stands beside a row: notes, what each peer was set to, as its program says, and what failed."""
+    peers = [f"{title}: {answers[name][0]['settings']}" for name, title in PEERS.items() if name in answers]
+    return "; ".join([*notes, *peers, *failures])
+
+
+@functools.cache
+def commit() -> list[float]:
+    """Milliseconds of commits of the floor on SQLite, one at a time, each after a rest; once for all rows."""
+    found: list[float] = floor(seconds=0.5, concurrency=1, rest=0.01, way="inline")["ms"]
+    return found
+
+
+@functools.cache
+def sleepers(number: int) -> list[float]:
+    """How many milliseconds late so many sleeps of one second are in the interpreter alone; once for all rows."""
+    found: list[float] = program(sys.executable, "-c", SLEEPERS, number)["ms"]
+    return found
+
+
+SLEEPERS = """
+import asyncio, json, sys, time
+
+async def late():
+    began = time.perf_counter()
+    await asyncio.sleep(1.0)
+    return (time.perf_counter() - began - 1.0) * 1000
+
+async def all_late():
+    return await asyncio.gather(*(late() for _ in range(int(sys.argv[1]))))
+
+print(json.dumps({"ms": asyncio.run(all_late())}))
+"""
 
 
 def flags(options: dict[str, object]) -> Iterable[str]:

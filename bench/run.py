@@ -47,8 +47,7 @@ def settings(scale: Scale) -> list[str]:
         f"DBOS {peers.version('dbos')}, Absurd {peers.version('absurd', package='absurd-sdk')}",
         f"medians of {scale.rounds} interleaved rounds of {scale.seconds:g} s; "
         f"of {scale.few} or 1 where little hangs on it",
-        "SQLite: WAL and synchronous=FULL everywhere. DBOS there: sync workflows, 2 executor threads, pool 4, "
-        "10 ms polling; sleeps and signals as async workflows",
+        "SQLite: WAL and synchronous=FULL everywhere; what a peer was set to stands in its row",
     ]
 
 

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from programs import Answer, Scale, dbos, fleet, floor, gathered, ours, program, side_by_side
-from table import Check, Line, at_least, at_most, joined, percentile
+from programs import Answer, Scale, commit, dbos, fleet, floor, gathered, ours, program, remarks, side_by_side, sleepers
+from table import Check, Line, at_least, at_most, percentile, times_dbos
 
-VOID = "void: the floor must do 10 times DBOS"
 ENGINES = 2
 """Processes of ours at full load: with one, one core is the limit; a third gains nothing on two cores."""
 DBOS = {"processes": 3, "threads": 1, "pool": 4}
@@ -35,25 +34,33 @@ def throughput(scale: Scale, *, steps: int, concurrency: int, judged: bool = Fal
         "sync": lambda: engine(sync=True) if judged else ours("throughput", sync=True, **size),
         "dbos": lambda: dbos(peer, scale.seconds, concurrency=concurrency, **(DBOS if judged else {})),
         "floor": lambda: floor(**size),
+        "bare": lambda: floor(bare=True, **size),
     }
     if judged:
-        programs["bare"] = lambda: floor(bare=True, **size)
+        programs["alone"] = lambda: ours("throughput", **size)
     # What nothing is asked of is measured once.
     answers, failures = gathered(scale.rounds if judged else 1, programs)
     rates = {name: median(each["steps_per_s"] for each in rounds) for name, rounds in answers.items()}
-    checks: list[Check] = []
-    note = ""
-    if judged and rates.keys() >= {"floor", "bare", "dbos"}:
+    times, void = times_dbos(rates)
+    checks = [
+        at_least(what, rates["async"] / rates[name], wanted, void=void)
+        for name, what, wanted in (("floor", "part of floor", 0.4), ("dbos", "times DBOS", 40))
+        if judged and rates.keys() >= {"async", name}
+    ]
+    notes = [f"{ENGINES} processes of ours"] if judged else []
+    if times:
+        notes.append(f"floors: {times[0]:.0f} and {times[1]:.0f} times DBOS")
+    if "floor" in answers:
         ways = answers["floor"][0]
-        times = [rates[name] / rates["dbos"] for name in ("floor", "bare")]
-        note = f"floors: {times[0]:.0f} and {times[1]:.0f} times DBOS; {ways['way']}, {ways['rows_of']}"
-        note += f"; {ENGINES} processes of ours"
-        if "async" in rates:
-            void = VOID if min(times) < 10 else ""
-            checks.append(at_least("part of floor", rates["async"] / rates["floor"], 0.4, void=void))
-            checks.append(at_least("times DBOS", rates["async"] / rates["dbos"], 40))
+        notes.append(f"{ways['way']}, {ways['rows_of']}")
     what = f"{steps}-step runs, {concurrency} at once"
-    return [Line(what=what, unit="steps/s", values=rates, checks=tuple(checks), note=joined(note, failures))]
+    note = remarks(answers, failures, notes)
+    lines = [Line(what=what, unit="steps/s", values=rates, checks=tuple(checks), note=note)]
+    if "alone" in rates:
+        alone = rates.pop("alone")
+        note = f"{ENGINES} processes: {rates['async'] / alone:.2f} times as many" if "async" in rates else ""
+        lines.append(Line(what=f"{what}, in one process", unit="steps/s", values={"async": alone}, note=note))
+    return lines
 
 
 def latency(scale: Scale) -> list[Line]:
@@ -79,7 +86,7 @@ def latency(scale: Scale) -> list[Line]:
         even.append(at_most("ms, DBOS's p50", p99["async"], p50["dbos"], strictly=True))
     what = "one run alone, 3 steps, start to result"
     return [
-        Line(what=f"{what}, p50", unit="ms", values=p50, checks=tuple(fast), note=joined("", failures)),
+        Line(what=f"{what}, p50", unit="ms", values=p50, checks=tuple(fast), note=remarks(answers, failures)),
         Line(what=f"{what}, p99", unit="ms", values=p99, checks=tuple(even)),
     ]
 
@@ -87,13 +94,17 @@ def latency(scale: Scale) -> list[Line]:
 def sleeps(scale: Scale) -> list[Line]:
     answers, failures = gathered(
         1,
-        {"async": lambda: ours("sleeps", runs=scale.sleeps), "dbos": lambda: dbos("sleeps", scale.sleeps)},
+        {
+            "async": lambda: ours("sleeps", runs=scale.sleeps),
+            "dbos": lambda: dbos("sleeps", scale.sleeps),
+            "floor": lambda: {"ms": sleepers(scale.sleeps)},
+        },
     )
-    what = f"{scale.sleeps:,} one-second sleeps, lateness"
+    what = f"{scale.sleeps:,} one-second sleeps (floor: asyncio.sleep), lateness"
     middle = {name: median(median(each["ms"]) for each in rounds) for name, rounds in answers.items()}
     worst = {name: median(max(each["ms"]) for each in rounds) for name, rounds in answers.items()}
     return [
-        Line(what=f"{what} p50", unit="ms", values=middle, note=joined("", failures)),
+        Line(what=f"{what} p50", unit="ms", values=middle, note=remarks(answers, failures)),
         Line(what=f"{what} worst", unit="ms", values=worst),
     ]
 
@@ -113,16 +124,16 @@ def signal(scale: Scale) -> list[Line]:
     if values.keys() >= {"async", "floor"}:
         checks.append(at_most("commits of the floor", values["async"] / values["floor"], 2.5))
     what = "signal to result, p50 (floor: one commit after the same rest)"
-    return [Line(what=what, unit="ms", values=values, checks=tuple(checks), note=joined("", failures))]
+    return [Line(what=what, unit="ms", values=values, checks=tuple(checks), note=remarks(answers, failures))]
 
 
 def recovery(scale: Scale) -> list[Line]:
     rounds = [fleet("recovery") for _ in range(scale.few)]
     return [
         Line(
-            what="killed worker: until all its runs go on in another",
+            what="killed worker: until all its runs go on in another (floor: one commit)",
             unit="ms",
-            values={"async": median(max(each["gone_on_ms"]) for each in rounds)},
+            values={"async": median(max(each["gone_on_ms"]) for each in rounds), "floor": median(commit())},
             checks=(
                 at_most("ms, worst round", max(max(each["gone_on_ms"]) for each in rounds), 1000),
                 at_most("runs lost", sum(each["lost"] for each in rounds), 0),
@@ -153,9 +164,9 @@ def four(scale: Scale) -> list[Line]:
             note="each: " + ", ".join(f"{rate:,.0f}" for rate in rates),
         ),
         Line(
-            what="four processes on one file: longest wait for a start's commit",
+            what="four processes on one file: longest wait for a start's commit (floor: one commit alone)",
             unit="ms",
-            values={"async": worst},
+            values={"async": worst, "floor": median(commit())},
             checks=(at_most("ms", worst, 1000),),
         ),
     ]
@@ -178,9 +189,9 @@ def parked(scale: Scale) -> list[Line]:
             f"{left['starts_per_s']:,.0f} starts/s",
         ),
         Line(
-            what=f"{what}: waking 2,000 that are not in memory, beyond the sleep",
+            what=f"{what}: waking 2,000 that are not in memory, beyond the sleep (floor: asyncio.sleep)",
             unit="s",
-            values={"async": found["late_s"]},
+            values={"async": found["late_s"], "floor": max(sleepers(2000)) / 1000},
             checks=(at_most("s", found["late_s"], 0.5),),
             note="void: opened after the instant" if found["opened_too_late"] else "",
         ),
@@ -211,21 +222,33 @@ def flat(scale: Scale) -> list[Line]:
 
 
 def replay(scale: Scale) -> list[Line]:
-    rebuilt = []
+    rebuilt, read = [], []
     for _ in range(scale.few):
         with tempfile.TemporaryDirectory(prefix="bench-replay-") as folder:
             store = f"sqlite:///{folder}/replay.db"
             ours("record", store=store, steps=scale.replayed)
             found = ours("replay", store=store)
             rebuilt.append(found["long_ms"] - found["short_ms"])
+            read.append(program(sys.executable, "-c", READING, f"{folder}/replay.db")["ms"])
     return [
         Line(
-            what=f"replay of a {scale.replayed:,}-step run (beyond that of one step)",
+            what=f"replay of a {scale.replayed:,}-step run beyond that of one step (floor: its events read and parsed)",
             unit="ms",
-            values={"async": median(rebuilt)},
+            values={"async": median(rebuilt), "floor": median(read)},
             checks=(at_most("ms", median(rebuilt), 300, strictly=True),),
         )
     ]
+
+
+READING = """
+import sqlite3, sys, time, msgspec
+db = sqlite3.connect(sys.argv[1])
+[long] = db.execute("SELECT run FROM perdure_history GROUP BY run ORDER BY count(*) DESC LIMIT 1").fetchone()
+began = time.perf_counter()
+for [event] in db.execute("SELECT event FROM perdure_history WHERE run = ? ORDER BY seq", [long]):
+    msgspec.json.decode(event)
+print('{"ms": %f}' % ((time.perf_counter() - began) * 1000))
+"""
 
 
 def idle(scale: Scale) -> list[Line]:

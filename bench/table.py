@@ -36,9 +36,22 @@ def at_least(what: str, value: float, wanted: float, *, void: str = "") -> Check
     return Check(asked=f"{what} ≥ {wanted:.3g}", found=f"{value:.3g}", passed=verdict, why=void)
 
 
-def at_most(what: str, value: float, wanted: float, *, strictly: bool = False) -> Check:
-    passed = value < wanted if strictly else value <= wanted
-    return Check(asked=f"{what} {'<' if strictly else '≤'} {wanted:.3g}", found=f"{value:.3g}", passed=passed)
+def at_most(what: str, value: float, wanted: float, *, strictly: bool = False, void: str = "") -> Check:
+    """void: as there."""
+    verdict = None if void else value < wanted if strictly else value <= wanted
+    asked = f"{what} {'<' if strictly else '≤'} {wanted:.3g}"
+    return Check(asked=asked, found=f"{value:.3g}", passed=verdict, why=void)
+
+
+def times_dbos(rates: dict[str, float]) -> tuple[list[float], str]:
+    """How many times DBOS the floors of a row do, and why nothing in it can be judged, if so.
+
+    A floor that does little more than another engine is no floor.
+    """
+    if not rates.keys() >= {"floor", "bare", "dbos"}:
+        return [], "void: a floor or DBOS has no number"
+    times = [rates[name] / rates["dbos"] for name in ("floor", "bare")]
+    return times, "" if min(times) >= 10 else "void: each floor must do 10 times DBOS"
 
 
 def joined(note: str, failures: list[str]) -> str:
@@ -78,5 +91,5 @@ def cells(line: Line) -> list[str]:
 
     verdicts = {True: "pass", False: "FAIL", None: "?"}
     asked = [f"{check.asked}: {check.found}  {verdicts[check.passed]}" for check in line.checks]
-    remarks = [*asked, *(check.why for check in line.checks if check.why), *filter(None, [line.note])]
+    remarks = [*asked, *dict.fromkeys(check.why for check in line.checks if check.why), *filter(None, [line.note])]
     return [line.what, line.unit, *(shown(line.values.get(column)) for column in COLUMNS), "\n".join(remarks)]

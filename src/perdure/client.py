@@ -549,8 +549,9 @@ class Client:
         """Start a run; durable when it returns. workflow: the object, or a name that some worker has announced.
 
         Arguments after it are the run's input, checked here if the object is given. Refused with nothing written:
-        UnknownWorkflow, TypeError (arguments that do not fit), PayloadError, LimitExceeded, RunExists,
-        IdempotencyConflict. Calling again with the same id or key gives the same run.
+        UnknownWorkflow (also an object that is not served here and that no worker ever announced), TypeError (arguments
+        that do not fit), PayloadError, LimitExceeded, RunExists, IdempotencyConflict. Calling again with the same id or
+        key gives the same run.
         """
         core = self._core
         if not core.ready:
@@ -680,7 +681,12 @@ class Client:
         limit: int = 50,
         cursor: str | None = None,
     ) -> RunPage:
-        """A page of runs, newest first. limit: 1 to 1,000. cursor: of the page before."""
+        """A page of runs, newest first; children and dispatched activities are runs too.
+
+        workflow: by name, also an activity's. parent: the id of a run, whose children are wanted; RunNotFound.
+        created_after, created_before: aware times, themselves left out. limit: 1 to 1,000. cursor: of the page before.
+        ValueError for a limit, cursor, status, name or time that is none.
+        """
         core = self._core
         if type(limit) is not int or not 1 <= limit <= 1000:
             raise ValueError(f"limit={limit!r} is not a page. A page has 1 to 1,000 runs. Use the cursor for more.")
@@ -705,7 +711,10 @@ class Client:
         return RunPage(items=[info_of(row) for row in rows], cursor=str(rows[-1].key) if more else None)
 
     async def counts(self, *, workflow: str | None = None, queue: str | None = None) -> dict[Status, int]:
-        """How many retained runs have each status; only those above zero."""
+        """How many retained runs have each status; only those above zero.
+
+        Children and dispatched activities count too. workflow, queue: only theirs, by name.
+        """
         core = self._core
         for what, name in (("workflow=", workflow), ("queue=", queue)):
             if name is not None:
@@ -753,8 +762,9 @@ class RunHandle(Generic[R]):
     async def result(self, timeout: timedelta | float | None = None) -> R:
         """Wait for the end: the value, or RunFailed, RunCancelled, RunTerminated, RunTimedOut.
 
-        timeout: waiting longer is a `TimeoutError`, whose text says what the run waits for; the run goes on. A
-        blocked run is still waited for, with one warning in the log.
+        RunNotFound. timeout: a timedelta or seconds, default without end; waiting longer is a `TimeoutError`, whose
+        text says what the run waits for; the run goes on. A blocked run is still waited for, with one warning in the
+        log; a quarantined one is RunFailed. It can be asked again and again.
         """
         if timeout is None:
             return await self._result()
@@ -790,21 +800,24 @@ class RunHandle(Generic[R]):
         raise failure(self.id, info=await self.info(), cause=error, reason=reason)
 
     async def status(self) -> Status:
-        """One word."""
+        """One word, as of now; RunNotFound."""
         return Status((await self._core.row(self.id)).status)
 
     async def info(self) -> RunInfo:
-        """Everything known, as of now."""
+        """Everything known, as of now; RunNotFound."""
         return info_of(await self._core.row(self.id))
 
     async def history(self) -> list[Event]:
-        """The events, oldest first."""
+        """The events up to now, oldest first; RunNotFound. An activity has none."""
         core = self._core
         row = await core.row(self.id)
         return events_of([stored.decode(text) for text in await core.read(lambda: core.store.history(row.key))])
 
     async def why(self) -> str:
-        """One sentence: what it waits for, since when, and who could move it."""
+        """One sentence: what it waits for, since when, and who could move it; RunNotFound.
+
+        Of a blocked run it is the whole report, of an ended one how and when.
+        """
         core = self._core
         row = await core.row(self.id)
 
@@ -823,8 +836,9 @@ class RunHandle(Generic[R]):
     async def signal(self, name: str, /, *args: Any, message_id: str | None = None) -> None:
         """Send a signal; kept when it returns. The same `message_id` twice is one signal.
 
-        args: none, one, or several (the run then gets a list). RunNotFound; RunFinished after the end;
-        LimitExceeded if the mailbox is full.
+        args: none, one, or several (the run then gets a list). message_id: default a new one. Refused with nothing
+        written: RunNotFound, RunFinished after the end, PayloadError, LimitExceeded (a value too large or too deep, a
+        mailbox that is full).
         """
         value = args[0] if len(args) == 1 else (list(args) if args else None)
         check_id(name, "the name of a signal")
@@ -848,7 +862,11 @@ class RunHandle(Generic[R]):
         )
 
     async def cancel(self, reason: str = "") -> None:
-        """Ask the code to stop. Twice is once; nothing happens to an ended run."""
+        """Ask the code to stop. Twice is once; nothing happens to an ended run. RunNotFound.
+
+        It returns when the request is kept, before the run has stopped: its code may clean up, or go on. `result()`
+        waits for the end. reason: any text, `ctx.cancel_reason`.
+        """
         data = codec.encode({"reason": check_reason(reason)}, what="the reason", limits=self._core.limits)
         await self._send(Send(to=self._address(), id=CANCEL, kind="cancel", data=data.decode()), quiet=True)
 
@@ -876,7 +894,10 @@ class RunHandle(Generic[R]):
             )
 
     async def terminate(self, reason: str = "") -> None:
-        """End the run without asking its code. Twice is once; nothing happens to an ended run.
+        """End the run without asking its code. Twice is once; nothing happens to an ended run. RunNotFound.
+
+        It has ended when this returns; the children that end with it are asked to cancel. reason: any text, which
+        RunTerminated tells.
 
         It waits for a transaction step of the run that is under way, and for a caller's open transaction that has
         signalled it: `StoreLocked` if that takes longer than 30 seconds.

@@ -156,9 +156,14 @@ class Engine(Client):
 
     store: URL or store object; default `PERDURE_STORE`, else `sqlite:///perdure.db`.
     workflows, activities: decorated functions, or modules that hold some; it serves what it is given.
-    concurrency: steps and activities executing at once. threads: for sync ones. resident: runs kept in memory.
-    lease: seconds after which a worker that is not heard of is taken for dead. codec: later.
+    namespace: whose runs it starts, sees and takes; default "default". queues: whose work it takes; default the one
+        called "default".
+    concurrency: steps and activities executing at once; default 256. threads: for sync ones; default 32.
+    resident: runs kept in memory; default 10,000, 0 keeps none between their turns.
+    lease: a timedelta or seconds after which a worker that is not heard of is taken for dead; default 15.
+    limits: default `Limits()`. name: what logs and `why` call this worker; default the machine's. codec: later.
     Closing drains: steps in flight get 30 seconds to end, then the runs go back to other workers at once.
+    ValueError or TypeError for a setting that is none; StoreError where the store cannot be opened.
     """
 
     def __init__(
@@ -235,7 +240,10 @@ def _serving(
 
 
 class Worker:
-    """Serves workflows and activities: `await run()` until SIGTERM or `stop()`. Takes what `Engine` takes."""
+    """Serves workflows and activities: `await run()` until SIGTERM or `stop()`; once, another needs a new Worker.
+
+    Takes what `Engine` takes, with the same defaults. `drained`: after `run`, whether all steps in flight ended.
+    """
 
     def __init__(
         self,
@@ -265,7 +273,11 @@ class Worker:
         self.drained = True
 
     async def run(self) -> None:
-        """Serve until `stop()`, SIGTERM or SIGINT; then drain and hand the runs back. `drained` says if all ended."""
+        """Serve until `stop()`, SIGTERM or SIGINT; then drain and hand the runs back. `drained` says if all ended.
+
+        Steps in flight get 30 seconds, or what `stop` says. A second signal ends the process at once. A second call is
+        a RuntimeError. StoreError where the store cannot be opened.
+        """
         self._stopping = asyncio.Event()
         if self._stopped:
             self._stopping.set()
@@ -297,7 +309,10 @@ class Worker:
             await self._core.close()
 
     async def stop(self, grace: timedelta | float = GRACE) -> None:
-        """End `run()`: steps in flight get `grace` seconds, then the runs go back to others. Twice is once."""
+        """Ask `run()` to end, and return at once. Twice is once; before `run()`, that ends as soon as it has begun.
+
+        grace: a timedelta or seconds that steps in flight get; default 30. Then the runs go back to others.
+        """
         self._grace = duration(grace, "grace=").total_seconds()
         self._ask_to_stop()
 

@@ -20,6 +20,7 @@ import pytest
 from perdure import RunInfo
 from perdure.cli.command import COMMANDS
 from perdure.cli.command import run as in_process
+from perdure.testing import sim
 
 PATIENCE = 60.0
 FLOWS = """
@@ -370,14 +371,18 @@ def test_a_blocked_run_shows_its_report_and_goes_on_when_the_code_is_put_right(s
         (["flows.py"], "MODULE:WORKFLOW"),
         (["nowhere.py:greet"], "There is no file nowhere.py"),
         (["nowhere:greet"], "ModuleNotFoundError: No module named 'nowhere'"),
+        (["nowhere.orders:greet"], "Give the command in the folder that has nowhere, or the path to its .py file.\n"),
+        (["needing.py:greet"], "Install that module where perdure is installed, or mend the import.\n"),
         (["broken.py:greet"], "SyntaxError"),
         (["raising.py:greet"], "KeyError: 'HOME_OF_NOBODY'"),
+        (["raising.py:greet"], "). Mend the module and give the command again.\n"),
         (["json:greet"], "holds no workflows"),
     ],
 )
 def test_wrong_input_is_exit_2_in_a_sentence(shell: Shell, arguments: list[str], saying: str) -> None:
     (shell.folder / "broken.py").write_text("def (")
     (shell.folder / "raising.py").write_text("import os\nos.environ['HOME_OF_NOBODY']\n")
+    (shell.folder / "needing.py").write_text("import nowhere.orders\n")
     said = shell.do("run", *arguments)
     assert said.code == 2, said.err
     assert saying in said.err
@@ -704,6 +709,36 @@ def test_who_writes_to_a_quarantined_run_is_told_that_nothing_reads_it(shell: Sh
         said = shell.ask(*command)
         assert said.code == 0
         assert said.err.endswith("it is quarantined, so nothing of it reads that: `perdure terminate o-1`.\n")
+
+
+# Universes end in the middle of things: coroutines that nobody awaits any more.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_sim_prints_one_object_for_programs(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = shell.json("sim", "--universes", "2")
+    assert (found["seed"], found["universes"], found["violation"]) == (0, 2, None)
+    assert all(count > 0 for count in found["sometimes"].values())
+
+    played = sim.run
+
+    def breaking(seed: int, **rest: Any) -> sim.Report:
+        report = played(seed, **rest)
+        report.violation = sim.Violation("INV-1", "made up") if seed == 1 else None
+        return report
+
+    monkeypatch.setattr(sim, "run", breaking)
+    said = shell.ask("sim", "--universes", "5", "--no-shrink", "--json")
+    assert said.code == 1
+    found = json.loads(said.out)
+    assert (found["universes"], found["violation"]["seed"], found["violation"]["why"]) == (2, 1, "INV-1: made up")
+    # What it is given is a tape.
+    tape = str(shell.folder / "kept.json")
+    Path(tape).write_text(json.dumps(found["violation"]))
+    assert json.loads(shell.ask("sim", "--tape", tape, "--no-shrink", "--json").out) | {"sometimes": 0} == {
+        "seed": 1,
+        "universes": 1,
+        "sometimes": 0,
+        "violation": found["violation"],
+    }
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")

@@ -1,7 +1,8 @@
 """The README's commands, run exactly as they stand there, in a fresh copy, and compared with what it shows.
 
 ```console blocks hold commands after `$ ` and what they print; ```python blocks that begin with `# NAME.py` are files
-to save. ```sh blocks hold the set-up, which every test has behind it: only their make targets are looked for.
+to save. ```sh blocks hold the set-up, which every test has behind it: they are not run, only their make targets are
+looked for.
 Numbers, times and widths of columns differ from machine to machine and are not compared.
 """
 
@@ -54,6 +55,7 @@ def test_the_commands_show_what_the_readme_shows(tmp_path: Path) -> None:
 
 
 def test_the_set_up_is_made_of_make_targets() -> None:
+    """Looked up, not run: `make test` would run itself."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = re.findall(r"^make ([\w-]+)", "".join(text for kind, text in BLOCK.findall(README) if kind == "sh"), re.M)
     assert targets[:2] == ["demo", "test"]
@@ -70,10 +72,28 @@ def test_every_link_leads_somewhere() -> None:
 
 
 def fresh_copy(folder: Path) -> Path:
-    """What a clone has: everything but what set-up and tests have made."""
-    made = shutil.ignore_patterns(".*", "__pycache__", "*.db*", "dist")
-    shutil.copytree(ROOT, folder / "perdure", ignore=made)
-    return folder / "perdure"
+    """What a clone has: the files that git knows, as they are now.
+
+    Where git knows nothing of this folder (an unpacked sdist, no git): everything but what set-up and tests have made.
+    """
+    here = folder / "perdure"
+    names = known_to_git()
+    if not names:
+        shutil.copytree(ROOT, here, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.db*", "dist"))
+    for name in names:
+        if (ROOT / name).is_file():  # and was not just removed
+            (here / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, here / name)
+    return here
+
+
+def known_to_git() -> list[str]:
+    """The tracked files, named from here; none if this folder is in no repository or git is not installed."""
+    try:
+        said = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return said.split("\0")[:-1]
 
 
 def commands(text: str) -> Iterator[tuple[str, str]]:

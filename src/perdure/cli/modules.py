@@ -16,7 +16,7 @@ from perdure.runtime.registry import Activity, Workflow
 
 
 def load(name: str) -> ModuleType:
-    """The module; Wrong with the last line of what it raised."""
+    """The module; Wrong with the last line of what it raised, and what to do about it."""
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -29,7 +29,7 @@ def load(name: str) -> ModuleType:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a module may also call sys.exit()
-        raise Wrong(f"{name} cannot be imported. {_last_line(error)}") from error
+        raise Wrong(f"{name} cannot be imported. {_last_line(error)}. {_mended_by(name, error)}") from error
 
 
 def workflows_in(module: ModuleType) -> list[Workflow[Any, Any]]:
@@ -105,6 +105,15 @@ def _from_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _mended_by(name: str, error: BaseException) -> str:
+    """What to do about a module that cannot be imported."""
+    if not isinstance(error, ModuleNotFoundError):
+        return "Mend the module and give the command again."
+    if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+        return f"Give the command in the folder that has {error.name}, or the path to its .py file."
+    return "Install that module where perdure is installed, or mend the import."
 
 
 def _last_line(error: BaseException) -> str:

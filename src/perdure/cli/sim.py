@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 import click
 
-from perdure.cli.words import Wrong, say, tell
+from perdure.cli.command import DONE, NO_SUCCESS
+from perdure.cli.words import Wrong, json_text, say, tell
 
 
 def _tape(path: Path) -> Any:
@@ -29,32 +29,48 @@ def _tape(path: Path) -> Any:
 @click.option("--tape", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Play a kept tape instead.")
 @click.option("--trace", is_flag=True, help="Print what happened, line by line.")
 @click.option("--shrink/--no-shrink", default=True, help="Make a failing universe small before it is printed.")
-def command(seed: int, universes: int, tape: Path | None, trace: bool, shrink: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one object of JSON: what was played, what was broken.")
+def command(seed: int, universes: int, tape: Path | None, trace: bool, shrink: bool, as_json: bool) -> int:
     """Run the seeded simulation of the engine.
 
     Crashes, delays and lost answers at every call of the store; every promise is checked after every commit.
     The same seed is the same universe. Exit code 1 if a promise was broken."""
     from perdure.testing import sim
 
-    sometimes: Counter[str] = Counter()
+    played, sometimes = 0, Counter[str]()
+    shown = tell if as_json else say
+
+    def told(broken: dict[str, Any] | None) -> None:
+        """The whole of it for a program, at the end."""
+        if as_json:
+            happened = dict(sorted(sometimes.items()))
+            say(json_text({"seed": first, "universes": played, "sometimes": happened, "violation": broken}))
+
     given = None if tape is None else _tape(tape)
     first = given["seed"] if given is not None else seed
     began = time.perf_counter()
     for number in range(first, first + universes):
         report = sim.run(number, tape=given["tape"] if given is not None else None)
+        played += 1
         sometimes.update(report.sometimes)
         if number % 100 == 99 and given is None and sim.run(number).trace_hash != report.trace_hash:
-            tell(f"seed {number} is not the same universe twice")
-            sys.exit(1)
+            twice = "it is not the same universe twice"
+            tell(f"seed {number}: {twice}")
+            told({"seed": number, "why": twice, "tape": report.tape})
+            return NO_SUCCESS
         if report.violation is not None:
             if shrink:
                 report = sim.shrunk(report)
-            say(report.text())
-            tell(f"kept as a tape: {json.dumps({'seed': number, 'why': str(report.violation), 'tape': report.tape})}")
-            sys.exit(1)
+            shown(report.text())
+            kept = {"seed": number, "why": str(report.violation), "tape": report.tape}
+            tell(f"kept as a tape: {json.dumps(kept)}")
+            told(kept)
+            return NO_SUCCESS
         if trace:
-            say(report.text())
+            shown(report.text())
     for name, count in sorted(sometimes.items()):
         tell(f"{count:8}  {name}")
     taken = time.perf_counter() - began
-    say(f"{universes} universes, {universes / taken:.0f} a second, no promise broken")
+    shown(f"{universes} universes, {universes / taken:.0f} a second, no promise broken")
+    told(None)
+    return DONE

@@ -252,7 +252,7 @@ def unwrap(data: bytes | str, codecs: Iterable[Codec] = (), *, what: str) -> byt
 
     codecs: all that are known, in any order. An unknown name is a PayloadError.
     """
-    if (b'"$encoded"' if isinstance(data, bytes) else '"$encoded"') not in data:  # type: ignore[operator]
+    if (b'"$encoded"' if isinstance(data, bytes) else '"$encoded"') not in data:  # type: ignore[operator]  # same kind
         return data
     try:
         wrapped = _read_wrapped(data)

@@ -21,9 +21,13 @@ RESERVED_MESSAGE_IDS: Final = "perdure:"
 class Limits:
     """What one value, one history, one mailbox and one activation of code may use.
 
-    payload: bytes of one stored value. depth: levels of nesting in it.
-    history_warn, history_stop: events of one run at which it is logged, and at which it fails.
-    mailbox: unread messages of one run. busy: seconds of workflow code without rest.
+    payload: bytes of one stored value; default 2,000,000. depth: levels of nesting in it; default 100. Beyond either:
+        LimitExceeded.
+    history_warn, history_stop: events of one run at which it is logged, default 10,000, and at which it fails,
+        default 50,000.
+    mailbox: unread messages of one run; default 10,000. Beyond: LimitExceeded for the sender.
+    busy: seconds of workflow code without rest; default 10. Beyond: it is stopped, as if it had killed its worker.
+    ValueError for what is no positive number.
     """
 
     payload: int = 2_000_000

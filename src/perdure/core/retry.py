@@ -24,13 +24,16 @@ _MICROSECOND: Final = timedelta(microseconds=1)
 
 @dataclass(frozen=True, slots=True, init=False)
 class Retry:
-    """How often and how soon a failed step is tried again.
+    """How often and how soon a failed step is tried again. `Retry()` is the default of every step.
 
-    max_attempts: counts the first try; None is unlimited.
-    first_delay, max_delay: timedelta or seconds; the wait after the first failure, and the longest one.
-    factor: how much longer each wait is than the one before it, at least 1.
-    jitter: wait a random part of the delay ("full jitter").
-    give_up_on: exception types that are final. retry_if(error): false means final.
+    max_attempts: counts the first try; default 3, None is unlimited.
+    first_delay, max_delay: timedelta or seconds; the wait after the first failure, default 1 s, and the longest one,
+        default 60 s.
+    factor: how much longer each wait is than the one before it, at least 1; default 2.
+    jitter: wait a random part of the delay ("full jitter"); default true.
+    give_up_on: exception types that are final, besides NonRetryable. retry_if(error): false means final; a plain
+        function. Both default to nothing more.
+    TypeError or ValueError for what is none of these.
     """
 
     max_attempts: int | None

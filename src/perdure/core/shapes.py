@@ -152,8 +152,9 @@ class _Builder:
         hints = _hints(kind)
         inside = _variables(kind, given)
         if issubclass(kind, tuple):
-            row = self._known[key] = Row(kind, required=len(kind._fields) - len(kind._field_defaults))  # type: ignore[attr-defined]  # a NamedTuple
-            row.items = [self.build(hints.get(name, Any), inside) for name in kind._fields]  # type: ignore[attr-defined]
+            named: Any = kind  # a NamedTuple
+            row = self._known[key] = Row(kind, required=len(named._fields) - len(named._field_defaults))
+            row.items = [self.build(hints.get(name, Any), inside) for name in named._fields]
             return row
         record = self._known[key] = Record(kind)
         for name, word, argument, required in _fields(kind):

@@ -560,10 +560,13 @@ class Step(_Asking):
         return Operation(op, self._facts.where)
 
     def options(self, **options: Unpack[StepOptions]) -> Step:
-        """The same `step` with settings in front of your own arguments.
+        """The same `step` with settings in front of your own arguments; a second call adds to them.
 
-        retry, timeout, total_timeout, returns, raises, queue; for children also id, parent_close,
-        idempotency_key. Durations are timedeltas or seconds.
+        retry, timeout, total_timeout, returns, raises: instead of the function's own (`@activity`). queue: where an
+        activity or a child is executed. Of children only, which take timeout, returns and queue besides: id (default
+        `parent/step`), parent_close ("cancel" or "abandon"), idempotency_key. None leaves a setting as it is.
+        Durations are timedeltas or seconds. TypeError for a setting that is not known or, at the call, not of its kind:
+        sleeps and `wait_signal` take none.
         """
         _known_options(options)
         return Step(self._facts, self._with(options))
@@ -577,7 +580,13 @@ class Step(_Asking):
     @overload
     def run(self, id: str, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Operation[R]: ...
     def run(self, id: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Operation[Any]:
-        """Run `fn(*args, **kwargs)` here; once its outcome is recorded it never runs again."""
+        """Run `fn(*args, **kwargs)` here; once its outcome is recorded it never runs again.
+
+        fn: async or plain (in a thread), a lambda, a method, an activity (with a queue it is dispatched). It is tried
+        by its own `Retry`, default `Retry()`; then StepFailed, which is also the exception that `fn` raised where that
+        is a built-in or named in `raises=`; StepTimedOut if it ran out of time. The id is this run's alone:
+        DuplicateStepId.
+        """
         return Operation(self._local(id, fn, args, kwargs), self._facts.where)
 
     @overload
@@ -593,7 +602,8 @@ class Step(_Asking):
 
         connection: open on the store's own database, in a transaction that Perdure commits when `fn` returns, or
         rolls back when it raises. `fn` is plain, quick (5 seconds on SQLite, where it is the only writer) and does
-        nothing elsewhere: it runs again if its transaction was rolled back.
+        nothing elsewhere: it runs again if its transaction was rolled back. Retries and errors as of `run`;
+        NoTransactions where the store has none.
         """
         return self._operation(self._transaction(id, fn, args, kwargs))
 
@@ -608,7 +618,10 @@ class Step(_Asking):
         minutes: float = 0,
         seconds: float = 0,
     ) -> Operation[None]:
-        """Go on after this long, whatever happens to the process; zero and the past go on at once."""
+        """Go on after this long, whatever happens to the process; zero and the past go on at once.
+
+        duration: a timedelta or seconds; what is given by name is added. DuplicateStepId as of `run`.
+        """
         return self._operation(self._sleep(id, duration, days, hours, minutes, seconds))
 
     def sleep_until(self, id: str, when: datetime, /) -> Operation[None]:
@@ -626,7 +639,11 @@ class Step(_Asking):
     def wait_signal(
         self, id: str, /, *, name: str | None = None, returns: Any = Any, timeout: timedelta | float | None = None
     ) -> Operation[Any]:
-        """The next signal of this name (default: the id), also one that came before; `TimeoutError` if too late."""
+        """The next signal of this name (default: the id), also one that came before; `TimeoutError` if too late.
+
+        What it was sent with: None without an argument, a list of several. returns: the type of that; one that does not
+        fit is skipped, with a warning in the log. timeout: a timedelta or seconds; default without end.
+        """
         return self._operation(self._signal(id, name, returns, timeout))
 
     @overload
@@ -634,7 +651,11 @@ class Step(_Asking):
     @overload
     def run_workflow(self, id: str, workflow: str, /, *args: Any, **kwargs: Any) -> Operation[Any]: ...
     def run_workflow(self, id: str, workflow: Any, /, *args: Any, **kwargs: Any) -> Operation[Any]:
-        """Start a child run and wait for its result; `ChildFailed` if it ends otherwise."""
+        """Start a child run and wait for its result; `ChildFailed` if it ends otherwise.
+
+        workflow: the object, or a name that workers serve. The child's id is `parent/step`. parent_close: default
+        "cancel", so that it is asked to cancel when this run ends first.
+        """
         return self._operation(self._child(id, workflow, args, kwargs, awaited=True))
 
     @overload
@@ -644,7 +665,7 @@ class Step(_Asking):
     @overload
     def emit_workflow(self, id: str, workflow: str, /, *args: Any, **kwargs: Any) -> Operation[str]: ...
     def emit_workflow(self, id: str, workflow: Any, /, *args: Any, **kwargs: Any) -> Operation[str]:
-        """Start a child run and go on: its run id."""
+        """Start a child run and go on: its run id. As `run_workflow`, but parent_close is "abandon": it lives on."""
         return self._operation(self._child(id, workflow, args, kwargs, awaited=False))
 
     @overload
@@ -660,7 +681,10 @@ class Step(_Asking):
     @overload
     def start(self, id: str, target: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Pending[R]: ...
     def start(self, id: str, target: Any, /, *args: Any, **kwargs: Any) -> Pending[Any]:
-        """Begin a step, activity or child now and wait later."""
+        """Begin a step, activity or child now and wait later. A child's parent_close is "cancel".
+
+        Errors come with `result()` of what is returned.
+        """
         op = self._target(id, target, args, kwargs)
         self._facts.line.begin(op)
         return Pending(op, self._facts)
@@ -673,7 +697,11 @@ class Step(_Asking):
         timeout: timedelta | float | None = None,
         return_when: str = "ALL_COMPLETED",
     ) -> tuple[list[Pending[Any]], list[Pending[Any]]]:
-        """`(done, not_done)` as in `concurrent.futures.wait`, but lists, in the order in which they ended."""
+        """`(done, not_done)` as in `concurrent.futures.wait`, but lists, in the order in which they ended.
+
+        return_when: "ALL_COMPLETED", "FIRST_COMPLETED" or "FIRST_EXCEPTION". timeout: a timedelta or seconds, default
+        without end; waiting longer is no error, what has not ended is in `not_done`.
+        """
         handles = _handles(pending, self._facts)
         ops = [handle._op for handle in handles]
         await _until(self._facts, _enough(ops, return_when), ops, timeout, strict=False)

@@ -32,7 +32,7 @@ class _Named(str):
         return f"{self._name} {str(self._message) % arguments}"
 
 
-class RunLog(logging.LoggerAdapter):  # type: ignore[type-arg]
+class RunLog(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic from Python 3.11 on
     """A logger that is silent during replay and names the run."""
 
     def __init__(self, line: Line) -> None:
@@ -46,7 +46,7 @@ class RunLog(logging.LoggerAdapter):  # type: ignore[type-arg]
         return _Named(f"[{self._line.run_id}]", msg), kwargs
 
 
-class StepLog(logging.LoggerAdapter):  # type: ignore[type-arg]
+class StepLog(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic from Python 3.11 on
     """A logger that names the run and the step, also as attributes of its records."""
 
     def __init__(self, run: str, step: str) -> None:

@@ -40,7 +40,7 @@ _ENSURE_FUTURE: Final = ("ensure_future", "_ensure_future")
 """The function through which asyncio makes tasks of bare coroutines: the second on Python 3.10 and 3.11."""
 
 
-class RunFuture(asyncio.Future):  # type: ignore[type-arg]
+class RunFuture(asyncio.Future[Any]):
     """A future with a place in the order of its run."""
 
     __slots__ = ("number",)
@@ -112,7 +112,7 @@ class StepWait:
         return op.value
 
 
-class RunTask(asyncio.Task):  # type: ignore[type-arg]
+class RunTask(asyncio.Task[Any]):
     """A task with a place in the order of its run; not among `asyncio.all_tasks()`."""
 
     __slots__ = ("number",)
@@ -160,7 +160,7 @@ class _Timer(asyncio.TimerHandle):
     __slots__ = ()
 
     def fire(self) -> None:
-        self._loop.ready.append(self)  # type: ignore[attr-defined]
+        self._loop.ready.append(self)  # type: ignore[attr-defined]  # its loop is a RunLoop
 
 
 class RunLoop(asyncio.AbstractEventLoop):
@@ -189,7 +189,7 @@ class RunLoop(asyncio.AbstractEventLoop):
         outer = _get_running_loop()
         task = asyncio_tasks.current_task(outer) if outer is not None else None
         if task is not None:
-            _leave_task(outer, task)  # type: ignore[arg-type]
+            _leave_task(outer, task)  # type: ignore[arg-type]  # no task without a loop
         hooks = sys.get_asyncgen_hooks()
         _set_running_loop(self)
         sys.set_asyncgen_hooks(None, self._generator_dropped)
@@ -291,19 +291,19 @@ class RunLoop(asyncio.AbstractEventLoop):
         self.ready.append(handle)
         return handle
 
-    def call_later(  # type: ignore[override]
+    def call_later(  # type: ignore[override]  # as above
         self, delay: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.TimerHandle:
         return self.call_at(self.time() + delay, callback, *args, context=context)
 
-    def call_at(  # type: ignore[override]
+    def call_at(  # type: ignore[override]  # as above
         self, when: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.TimerHandle:
         micros = min(when * 1_000_000, LONGEST)
         # Rounded up: a timer never fires early. A nanosecond of slack keeps what was a whole number one.
         due = self.started_at + -int(-(micros - 0.001) // 1)
         timer = _Timer(when, callback, args, self, context)
-        timer._scheduled = True  # type: ignore[attr-defined]
+        timer._scheduled = True  # type: ignore[attr-defined]  # as asyncio's own loops do
         self.line.add_timer(due, timer)
         return timer
 
@@ -422,4 +422,4 @@ _OUTSIDE: Final = (
 
 for _name in _OUTSIDE:
     setattr(RunLoop, _name, _refusing(_name))
-RunLoop.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
+RunLoop.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]  # every class of an ABC has it

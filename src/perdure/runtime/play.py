@@ -124,7 +124,12 @@ class Play:
             event: Any = events[start]
             if start + 1 == stop == len(events) and type(event) is ev.StepCompleted and event.op == "transaction":
                 line.replaying = self._rebuilding
-            line.open(event.at, number=start + 1, expected=events[start + 1 : stop], last=stop == len(events))  # type: ignore[arg-type]
+            line.open(
+                event.at,
+                number=start + 1,
+                expected=events[start + 1 : stop],  # type: ignore[arg-type]  # between two inputs stand commands
+                last=stop == len(events),
+            )
             self._deliver(event, UNSET)
             line.close()
             if self.end is not None and stop < len(events):

@@ -205,9 +205,11 @@ def activity(
 def activity(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """Give a step's function its own policy: `@activity`, or `@activity(retry=Retry(…), timeout=30)`.
 
-    Without `queue` it runs where the workflow runs; with one it is dispatched to workers of that queue.
-    timeout: one attempt, seconds or timedelta. total_timeout: all attempts and the waits between them.
-    raises: exception types that a workflow wants to catch by their own name.
+    name: default the function's own. queue: default None, it runs where the workflow runs; with one it is dispatched to
+    workers of that queue. retry: default `Retry()`, 3 attempts. timeout: one attempt, seconds or timedelta.
+    total_timeout: all attempts and the waits between them. Neither has a bound by default.
+    raises: exception types that a workflow wants to catch by their own name; default none, built-in ones are anyway.
+    Nothing is registered. TypeError or ValueError for a setting that is none.
     """
     return _decorated(Activity, fn, options)
 

@@ -31,7 +31,11 @@ log = logging.getLogger("perdure.worker")
 
 
 class StepInfo:
-    """`current_step()`: what a step's function may know of itself."""
+    """`current_step()`: what a step's function may know of itself.
+
+    run_id, workflow: of the run. id: the step's. attempt: this one; the first is 1. cancelled: nobody wants the outcome
+    any more; a function in a thread, which cannot be interrupted, may look and stop.
+    """
 
     __slots__ = ("_seed", "attempt", "cancelled", "id", "run_id", "workflow")
 

@@ -485,15 +485,15 @@ class Resident:
         kind = type(event)
         if kind is ev.StepCompleted or kind is ev.StepFailed:
             gathered.progress = True
-            if event.step in self.executions:  # type: ignore[union-attr]
+            if event.step in self.executions:  # type: ignore[union-attr]  # an outcome has a step
                 # It ended by its deadline, or ran out of its time, and still executes.
-                gathered.add("given_up", event.step)  # type: ignore[union-attr]
+                gathered.add("given_up", event.step)  # type: ignore[union-attr]  # as above
             if self.deadlines:
-                self.deadlines.pop(event.step, None)  # type: ignore[union-attr]
+                self.deadlines.pop(event.step, None)  # type: ignore[union-attr]  # as above
         elif hasattr(event, "message"):
             gathered.add("consumed", event.message)
-        elif kind is ev.AttemptFailed and event.step in self.executions:  # type: ignore[union-attr]
-            gathered.add("given_up", event.step)  # type: ignore[union-attr]
+        elif kind is ev.AttemptFailed and event.step in self.executions:  # type: ignore[union-attr]  # it has a step
+            gathered.add("given_up", event.step)  # type: ignore[union-attr]  # as above
         play = self.play
         shift = self.shift
         # As `with shift.watching(self)`, at every input.

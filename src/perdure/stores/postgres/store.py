@@ -79,14 +79,16 @@ class Reader(NamedTuple):
 
 
 class PostgresStore:
-    """A store in a schema of the database that `url` names, as libpq reads it.
+    """A store in a schema of the database that `url` names, as libpq reads it. Making one connects.
 
-    schema: several stores may stand side by side in one database.
-    migrate: "auto" makes the tables and brings them up to date; "check" refuses where they are not.
+    Raised there: StoreUnavailable, StoreTooNew, NotAStore and other StoreErrors; TypeError or ValueError for a setting
+    that is none.
+    schema: several stores may stand side by side in one database; default "perdure".
+    migrate: "auto", the default, makes the tables and brings them up to date; "check" refuses where they are not.
     direct: a URL that leads past a pooler, for notifications and for noticing deaths at once; without it, behind a
         pooler, polling and the lease serve instead.
     password: instead of one in the URL; a function is asked at every connect.
-    hints: whether connections tell who has died; without them only the time of the last heartbeat does.
+    hints: whether connections tell who has died; default true, without them only the time of the last heartbeat does.
     clock: microseconds since the epoch; the server's if None.
 
     All methods may be called from any thread, `write` from one at a time. After a fork, the child makes connections of

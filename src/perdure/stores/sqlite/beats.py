@@ -21,7 +21,7 @@ from typing import Final
 try:
     import fcntl
 except ImportError:  # refused with a sentence when a store is opened
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # an import cannot be declared optional
 
 SLOT: Final = 32
 BEAT: Final = struct.Struct("<q8s")

@@ -19,7 +19,7 @@ from typing import Final
 try:
     import fcntl as fcntl
 except ImportError:  # refused with a sentence when a store is opened
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # an import cannot be declared optional
 
 TURN: Final = 0
 WRITE: Final = 1

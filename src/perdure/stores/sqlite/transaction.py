@@ -114,7 +114,7 @@ class StepCursor(Cursor):
         return self
 
     def executemany(self, *args: Any) -> StepCursor:
-        with self.connection._checked():  # type: ignore[attr-defined]
+        with self.connection._checked():  # type: ignore[attr-defined]  # it is ours
             super().executemany(*args)
         return self
 
@@ -122,19 +122,19 @@ class StepCursor(Cursor):
         raise RuntimeError(OWN_END.format("executescript(), which commits first,"))
 
     def __next__(self) -> Any:
-        with self.connection._checked():  # type: ignore[attr-defined]
+        with self.connection._checked():  # type: ignore[attr-defined]  # it is ours
             return super().__next__()
 
     def fetchone(self) -> Any:
-        with self.connection._checked():  # type: ignore[attr-defined]
+        with self.connection._checked():  # type: ignore[attr-defined]  # it is ours
             return super().fetchone()
 
     def fetchmany(self, *args: Any, **named: Any) -> list[Any]:
-        with self.connection._checked():  # type: ignore[attr-defined]
+        with self.connection._checked():  # type: ignore[attr-defined]  # it is ours
             return super().fetchmany(*args, **named)
 
     def fetchall(self) -> list[Any]:
-        with self.connection._checked():  # type: ignore[attr-defined]
+        with self.connection._checked():  # type: ignore[attr-defined]  # it is ours
             return super().fetchall()
 
 

@@ -74,7 +74,8 @@ def run(
 
 def shrunk(report: Report, *, tries: int = 400, config: Config | None = None) -> Report:
     """A shorter, quieter universe that breaks the same promise."""
-    assert report.violation is not None
+    broken = report.violation
+    assert broken is not None
     best = report
     left = tries
 
@@ -82,7 +83,7 @@ def shrunk(report: Report, *, tries: int = 400, config: Config | None = None) ->
         nonlocal best, left
         left -= 1
         other = run(report.seed, tape=tape, config=config)
-        if other.violation is None or other.violation.id != report.violation.id:  # type: ignore[union-attr]
+        if other.violation is None or other.violation.id != broken.id:
             return False
         best = other
         return True

@@ -44,7 +44,7 @@ class SimLoop(asyncio.AbstractEventLoop):
             while ready:
                 handle = ready.popleft()
                 if not handle._cancelled:
-                    handle._context.run(handle._callback, *handle._args)  # type: ignore[attr-defined]
+                    handle._context.run(handle._callback, *handle._args)  # type: ignore[attr-defined]  # it has them
         finally:
             _set_running_loop(None)
             if ready:
@@ -86,26 +86,26 @@ class SimLoop(asyncio.AbstractEventLoop):
     def time(self) -> float:
         return self._clock()
 
-    def call_soon(  # type: ignore[override]
+    def call_soon(  # type: ignore[override]  # the types of the arguments are the callback's business
         self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
         handle = asyncio.Handle(callback, args, self, context)
         self.ready.append(handle)
         return handle
 
-    def call_soon_threadsafe(  # type: ignore[override]
+    def call_soon_threadsafe(  # type: ignore[override]  # as above
         self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
         if self._closed:
             raise RuntimeError("the loop of a process that is gone")
         return self.call_soon(callback, *args, context=context)
 
-    def call_later(  # type: ignore[override]
+    def call_later(  # type: ignore[override]  # as above
         self, delay: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.TimerHandle:
         return self.call_at(self._clock() + delay, callback, *args, context=context)
 
-    def call_at(  # type: ignore[override]
+    def call_at(  # type: ignore[override]  # as above
         self, when: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.TimerHandle:
         timer = asyncio.TimerHandle(when, callback, args, self, context)
@@ -132,7 +132,7 @@ class SimLoop(asyncio.AbstractEventLoop):
     def _done(self, task: Any) -> None:
         self.tasks.pop(task, None)
 
-    def run_in_executor(  # type: ignore[override]
+    def run_in_executor(  # type: ignore[override]  # as above
         self, executor: Any, func: Callable[..., Any], *args: Any
     ) -> Any:
         future = self.create_future()
@@ -163,4 +163,4 @@ class SimLoop(asyncio.AbstractEventLoop):
     default_exception_handler = call_exception_handler
 
 
-SimLoop.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
+SimLoop.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]  # every class of an ABC has it

@@ -170,9 +170,9 @@ class SimCore(Core):
     def __init__(self, process: Process) -> None:
         super().__init__("memory://", "default", Limits(mailbox=process.world.config.mailbox))
         self.process = process
-        self.store = process.store  # type: ignore[assignment]
+        self.store = process.store  # type: ignore[assignment]  # it has what a worker asks of a store
         self.loop = process.loop
-        self.thread = process  # type: ignore[assignment]
+        self.thread = process  # type: ignore[assignment]  # it is kicked, no more
 
     async def open(self) -> None:
         """It is open as long as its process lives."""
@@ -234,7 +234,7 @@ class Process:
         self.paused_until = self.beat_blocked_until = 0
         self.lag = (0, 1000, 20_000)[world.tape.choose(3, "lag")] if config.lag else 0
         self.old_code = config.old_code and not world.healed and world.tape.choose(2, "old code here") == 1
-        self.loop = SimLoop(self.monotonic, self.read)  # type: ignore[abstract]
+        self.loop = SimLoop(self.monotonic, self.read)  # type: ignore[abstract]  # nobody asks for the rest
         self.store = SimStore(world, self)
         self.core = SimCore(self)
         self.client: Any = object.__new__(Client)
@@ -243,7 +243,7 @@ class Process:
         self.flush_at = 0
         if not self.serves:
             self.shift = None
-            self.committer = Committer(self.store, self.core._answer)  # type: ignore[arg-type]
+            self.committer = Committer(self.store, self.core._answer)  # type: ignore[arg-type]  # as in SimCore
             self.core.committer = self.committer
             return
         registry = world.old_registry if self.old_code else world.registry
@@ -255,7 +255,7 @@ class Process:
             name=self.name,
         )
         self.shift = SimShift(
-            self.store,  # type: ignore[arg-type]
+            self.store,  # type: ignore[arg-type]  # as in SimCore
             registry,
             settings,
             self.loop,
@@ -271,8 +271,8 @@ class Process:
         self.core.registry = registry
         self.core.shift = self.shift
         self.committer = self.core.committer = self.shift.committer
-        self.watcher = Watcher(self.store, self.shift)  # type: ignore[arg-type]
-        self.keeper = Housekeeper(self.store, self.shift)  # type: ignore[arg-type]
+        self.watcher = Watcher(self.store, self.shift)  # type: ignore[arg-type]  # as in SimCore
+        self.keeper = Housekeeper(self.store, self.shift)  # type: ignore[arg-type]  # as in SimCore
         announcement = self.shift.announcement()
         try:
             self.store.announce(announcement)
@@ -794,7 +794,7 @@ class World:
         now = self.time
         later = now + 60 * SECOND
         for process in self.processes:
-            at = process.actions(now, found)  # type: ignore[arg-type]
+            at = process.actions(now, found)  # type: ignore[arg-type]  # it only adds to the list
             if at < later:
                 later = at
         if self.operations:
@@ -846,7 +846,7 @@ def _ours(world: World) -> Iterator[None]:
     """The few globals that the engine asks for, for as long as one universe lives."""
     client: Any = perdure.client
     entropy, client.entropy = client.entropy, world
-    most, committer_module.MOST = committer_module.MOST, world.config.batch  # type: ignore[misc]
+    most, committer_module.MOST = committer_module.MOST, world.config.batch  # type: ignore[misc]  # a constant
     before, flows.WORLD = flows.WORLD, world
     disabled = logging.root.manager.disable
     if disabled < logging.CRITICAL:
@@ -855,4 +855,4 @@ def _ours(world: World) -> Iterator[None]:
         yield
     finally:
         logging.disable(disabled)
-        client.entropy, committer_module.MOST, flows.WORLD = entropy, most, before  # type: ignore[misc]
+        client.entropy, committer_module.MOST, flows.WORLD = entropy, most, before  # type: ignore[misc]  # a constant
