@@ -233,7 +233,7 @@ class Core:
             self.loop = self.opening = None
             if self.thread is not None:
                 self.thread.stop()
-            if self.store is not None and self.store is not self.given:  # type: ignore[redundant-expr]
+            if self.store is not None and self.store is not self.given:  # type: ignore[redundant-expr]  # it is None until it is opened
                 self.store.close()
             self.readers.shutdown(wait=False)
             raise
@@ -273,7 +273,7 @@ class Core:
         if self.loop is not None:
             if thread is not None:
                 await self.loop.run_in_executor(readers, thread.stop)
-            if store is not None and store is not self.given:  # type: ignore[redundant-expr]
+            if store is not None and store is not self.given:  # type: ignore[redundant-expr]  # it is None until it is opened
                 await self.loop.run_in_executor(readers, store.close)
         if readers is not None:
             readers.shutdown(wait=False)

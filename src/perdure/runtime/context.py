@@ -465,7 +465,7 @@ async def _until(facts: Facts, ready: Callable[[], bool], ops: list[Op], timeout
         if strict:
             raise timed_out(_too_long(ops))
         return
-    loop: RunLoop = facts.host.loop  # type: ignore[attr-defined]
+    loop: RunLoop = facts.host.loop  # type: ignore[attr-defined]  # the host of an async run has one
     future = loop.create_future()
 
     def check(op: Op) -> None:
@@ -665,7 +665,10 @@ class Step(_Asking):
     @overload
     def emit_workflow(self, id: str, workflow: str, /, *args: Any, **kwargs: Any) -> Operation[str]: ...
     def emit_workflow(self, id: str, workflow: Any, /, *args: Any, **kwargs: Any) -> Operation[str]:
-        """Start a child run and go on: its run id. As `run_workflow`, but parent_close is "abandon": it lives on."""
+        """Start a child run and go on: its run id. As `run_workflow`, but parent_close is "abandon": it lives on.
+
+        Where another run has that id or key already, none is started, and the log says so.
+        """
         return self._operation(self._child(id, workflow, args, kwargs, awaited=False))
 
     @overload
