@@ -137,8 +137,9 @@ async def sleeps(runs: int) -> dict[str, Any]:
 
     waiting = []
     for _ in range(runs):
+        started = time.perf_counter()
         handle = await DBOS.start_workflow_async(nap, 1.0)
-        waiting.append(asyncio.ensure_future(late(handle, time.perf_counter())))
+        waiting.append(asyncio.ensure_future(late(handle, started)))
     return {"ms": await asyncio.gather(*waiting)}
 
 
