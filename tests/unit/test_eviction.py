@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -161,6 +162,51 @@ def test_code_that_does_not_rest_is_interrupted(shape: str) -> None:
         watchdog.stop()
     assert "spin" in run.play.restless
     assert threading.current_thread().is_alive()
+
+
+def test_code_is_left_while_the_watchdog_looks_only_when_it_has_looked() -> None:
+    watched = Watched()
+    left: list[float] = []
+
+    def leave() -> None:
+        watched.leave()
+        left.append(watched.since)
+
+    with watched.lock:
+        watched.since = 1.0
+        thread = threading.Thread(target=leave)
+        thread.start()
+        while watched.since:
+            time.sleep(0.001)
+        assert left == []
+        watched.since = 2.0
+    thread.join()
+    assert left == [0.0]
+
+
+def test_an_interruption_that_comes_while_code_is_left_holds_up_nobody() -> None:
+    class Lock:
+        """The watchdog has it for one look, in which it raises."""
+
+        looks = 0
+
+        def locked(self) -> bool:
+            self.looks += 1
+            if self.looks == 1:
+                raise NeverRests
+            return False
+
+        def __getattr__(self, name: str) -> Any:
+            raise AssertionError("it was taken, and might never be given back")
+
+    watched = Watched()
+    lock: Any = Lock()
+    watched.lock = lock
+    watched.since = 1.0
+    with pytest.raises(NeverRests):
+        watched.leave()
+    assert watched.since == 0.0
+    watched.leave()
 
 
 def test_callbacks_without_rest_are_code_that_does_not_rest() -> None:

@@ -283,14 +283,18 @@ class Resident:
         self._gather(play.take())
         self.pump()
 
+    def _replay_some(self, steps: Any) -> None:
+        # By itself: an interruption that comes at the jump of a loop passes every `try` of the same function.
+        until = self.shift.monotonic() + 0.005
+        while self.shift.monotonic() < until:
+            next(steps)
+
     def _replay(self, steps: Any, again: Sequence[Again], resumed: ev.Resumed | None = None) -> None:
         if self.gone:
             return
-        until = self.shift.monotonic() + 0.005
         try:
             with self.shift.watching(self):
-                while self.shift.monotonic() < until:
-                    next(steps)
+                self._replay_some(steps)
         except StopIteration:
             self._come_alive(again, resumed)
         except NeverRests as error:

@@ -35,7 +35,7 @@ class Watched:
     def __init__(self) -> None:
         self.resident: Any = None
         self.since = 0.0
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # the watchdog's
 
     def __enter__(self) -> None:
         self.since = time.monotonic()
@@ -45,9 +45,12 @@ class Watched:
 
     def leave(self) -> None:
         """No code is inside any more. What the watchdog has raised before arrives here at the latest."""
-        # Under the lock: the watchdog raises under it, and only while `since` stands.
-        with self.lock:
-            self.since = 0.0
+        # The watchdog raises under its lock, and only while `since` stands. It is waited for, but its lock never taken:
+        # what it has raised could arrive between taking and giving back.
+        self.since = 0.0
+        while self.lock.locked():
+            time.sleep(0)
+        self.since = 0.0  # which it may have set anew
         arrives()
 
 
@@ -97,7 +100,10 @@ class Watchdog:
                 log.warning("run %s: its code has not rested for %.1f s\n%s", resident.this.id, taken, stack)
             if taken < self.busy or sys.gettrace() is not None:
                 return
-            resident.play.did_not_rest(_line_of(frame, getattr(driver, "main", None)))
+            where = _line_of(frame, getattr(driver, "main", None))
+            if driver.inside != thread:
+                return
+            resident.play.did_not_rest(where)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(NeverRests))
             # Once is enough: the next look starts counting anew.
             watched.since = time.monotonic()
