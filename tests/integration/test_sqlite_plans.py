@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -31,14 +32,16 @@ def db(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sqlite3.Conne
     if request.param != "new":
         db.execute("ANALYZE")
     if request.param in ("tiny", "huge"):
-        # Analysed when there was one run, which is believed for ever; or with a million of one name and one owner, the
-        # worst there is for an index.
+        # Analysed when there was one run, and opened again; or with a million of one name and one owner, which is the
+        # worst for an index.
         rows = {"tiny": "1", "huge": "1000000"}[request.param]
         for index, stat in db.execute("SELECT idx, stat FROM sqlite_stat1 WHERE idx IS NOT NULL").fetchall():
             words = [rows] * len(stat.split())
             db.execute("UPDATE sqlite_stat1 SET stat = ? WHERE idx = ?", (" ".join(words), index))
         db.commit()
         db.close()
+        if request.param == "tiny":
+            SQLiteStore(tmp_path / "runs.db").close()
         db = sqlite3.connect(tmp_path / "runs.db")
     yield db
     db.close()
@@ -112,6 +115,36 @@ def test_a_batch_is_one_pass_over_its_own_rows(db: sqlite3.Connection, name: str
     """The rows of the batch are outermost: never every run of an owner for each of them."""
     lines = [line for line in plan(db, SQL[name]) if line.startswith(("SCAN (", "SEARCH run"))]
     assert [line.split()[0] for line in lines] == ["SCAN", "SEARCH"]
+
+
+def test_a_store_forgets_what_was_noted_of_its_tables_and_of_no_others(tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    store = SQLiteStore(path)
+    fill(store)
+    store.close()
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript("CREATE TABLE mine (a INTEGER PRIMARY KEY, b); CREATE INDEX mine_b ON mine (b)")
+        db.execute("INSERT INTO mine (b) VALUES (1)")
+        db.execute("ANALYZE")
+        db.commit()
+        tables = {table for (table,) in db.execute("SELECT DISTINCT tbl FROM sqlite_stat1")}
+        assert {"mine", "perdure_runs"} <= tables
+        SQLiteStore(path, create=False).close()  # Reading changes nothing.
+        assert {table for (table,) in db.execute("SELECT DISTINCT tbl FROM sqlite_stat1")} == tables
+        SQLiteStore(path).close()
+        assert db.execute("SELECT DISTINCT tbl FROM sqlite_stat1").fetchall() == [("mine",)]
+
+
+def test_a_store_that_is_held_up_opens_with_what_was_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "runs.db"
+    store = SQLiteStore(path)
+    fill(store)
+    store.close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("ANALYZE")
+        db.execute("BEGIN IMMEDIATE")
+        SQLiteStore(path, busy_timeout=0.05).close()
+        assert "may make this store slow" in caplog.text
 
 
 def test_claims_and_history_are_read_in_the_order_of_their_index(db: sqlite3.Connection) -> None:

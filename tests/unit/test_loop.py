@@ -321,10 +321,9 @@ async def test_an_interruption_that_comes_when_the_code_is_left_leaves_the_calle
     assert asyncio.current_task() is task
 
 
-@pytest.mark.parametrize("function", [RunLoop.run_to_rest, RunLoop.close_all], ids=lambda function: function.__name__)
-def test_no_loop_stands_beside_the_finally_that_leaves_the_code(function: Any) -> None:
+def test_no_loop_stands_beside_the_finally_that_leaves_the_code() -> None:
     # From Python 3.12 on the instructions of a loop's jump may be outside of every `try` of their function.
-    assert not _jumps_back(function)
+    assert not _jumps_back(RunLoop.run_to_rest)
     assert _jumps_back(_jumps_back), "this test sees one"
 
 

@@ -7,12 +7,13 @@ them or because of them. How a batch is written: `writing.py`; the statements: `
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from sqlite3 import Connection
 from typing import Any, Final, NamedTuple, TypeVar
@@ -20,7 +21,7 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
-from perdure.core.errors import NotAStore, StoreError, StoreUnavailable
+from perdure.core.errors import NotAStore, StoreError, StoreFull, StoreLocked, StoreUnavailable
 from perdure.core.retry import duration
 from perdure.core.status import Status
 from perdure.core.turn import (
@@ -44,7 +45,7 @@ from perdure.core.turn import (
 from perdure.stores import choosing
 from perdure.stores.refused import item_refused
 from perdure.stores.settings import of_type
-from perdure.stores.sqlite import connections, migrations, place, pruning
+from perdure.stores.sqlite import analysed, connections, migrations, place, pruning
 from perdure.stores.sqlite.borrowed import borrowed
 from perdure.stores.sqlite.errors import locked, ours
 from perdure.stores.sqlite.queries import SINGLY, SQL, Rows
@@ -62,6 +63,7 @@ FOREVER: Final = 2**63 - 1
 STATUSES: Final = json.dumps([status.value for status in Status])
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 _rows = msgspec.json.Decoder(list[Row]).decode
 _row = msgspec.json.Decoder(Row).decode
@@ -495,6 +497,9 @@ class SQLiteStore:
         try:
             with self._read() as db:
                 current = migrations.is_current(db, self.url)
+                misled = current and create and analysed.is_analysed(db)
+            if misled:
+                self._forget_statistics()
             if current:
                 return
         except StoreUnavailable:
@@ -516,6 +521,17 @@ class SQLiteStore:
                     store=self.url,
                 )
             migrations.migrate(db, self.url, self._clock())
+
+    def _forget_statistics(self) -> None:
+        try:
+            with self._gate(self._busy_timeout), ours(self.url), closing(self._connect(writes=True)) as db:
+                analysed.forget(db)
+        except (StoreLocked, StoreFull) as error:
+            log.warning("what ANALYZE has noted could not be removed, and may make this store slow: %s", error)
+        with self._readers:
+            # They have read it.
+            while self._idle:
+                self._idle.pop().close()
 
     @contextmanager
     def _gate(self, patience: float, *, behind_steps: bool = False) -> Iterator[None]:
