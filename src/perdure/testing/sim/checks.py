@@ -23,6 +23,7 @@ from perdure.core.turn import (
     Claim,
     Committed,
     Duplicate,
+    Existing,
     Fenced,
     Head,
     Kept,
@@ -164,7 +165,7 @@ class Checks:
         self.commits = 0
         self.started: dict[str, str] = {}
         self.sent: dict[tuple[str, str], str] = {}
-        self.keys: dict[tuple[str, str], str] = {}
+        self.keys: dict[tuple[str, str], int] = {}  # (workflow, idempotency key) -> run
         self.terminated: set[str] = set()
         self.seen_ends: dict[str, tuple[Any, ...]] = {}
 
@@ -187,10 +188,22 @@ class Checks:
                 self._verdict(turn, verdict, row, mail[turn.run], applied, again=turn.run in touched)
             touched.add(turn.run)
             self.world.note("store", type(verdict).__name__, turn)
+        self._keys(batch, verdicts)
         self._sizes(batch)
         self._refused(batch, verdicts, accepted, before)
         self._look("write", applied)
         return verdicts
+
+    def _keys(self, batch: Batch, verdicts: Sequence[Verdict]) -> None:
+        """INV-13: every start with the same key is the same run."""
+        for start, verdict in zip(batch.starts, verdicts, strict=False):
+            if start.idempotency_key is None or not isinstance(verdict, (Begun, Existing)):
+                continue
+            known = self.keys.setdefault((start.idempotency_scope, start.idempotency_key), verdict.run)
+            if verdict.run != known:
+                raise Violation("INV-13", f"key {start.idempotency_key} is run {known} and run {verdict.run}")
+            if isinstance(verdict, Existing):
+                self.world.sometimes["key met again"] += 1
 
     def _sizes(self, batch: Batch) -> None:
         """INV-21: a batch, a mailbox and an error's text stay within their limits."""

@@ -153,6 +153,10 @@ def _time_not_kept(original: Any) -> Any:
     return take_in
 
 
+def _no_key_known(original: Any) -> Any:
+    return lambda self, start, now: None
+
+
 def _life_too_early(original: Any) -> Any:
     """The last recorded input counts as life already when `patched` asks."""
 
@@ -185,6 +189,7 @@ PLANTED: Final[dict[str, Patch]] = {
     "a step cancelled before acknowledgement": (Resident, "_gather", _cancelled_first),
     "an input's time not kept over a rebuild": (Resident, "_take_in", _time_not_kept),
     "commands of the last input not compared after patched": (Line, "patched", _life_too_early),
+    "every idempotency key forgotten": (MemoryStore, "_run_of_key", _no_key_known),
 }
 
 

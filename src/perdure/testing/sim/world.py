@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import perdure.client
-from perdure.client import Client, Core, StartOptions
+from perdure.client import Client, Core, RunHandle, StartOptions
 from perdure.core.errors import (
     IdempotencyConflict,
     LimitExceeded,
@@ -436,6 +436,7 @@ class World:
         self.violation: Violation | None = None
         self.here: Process | None = None
         self.to_kill: Process | None = None
+        self.ids: dict[str, str] = {}
         self._drawn = 0
         self.programs = [
             program(seed).workflow(flows.program_work, name=f"program-{seed}")
@@ -646,32 +647,43 @@ class World:
                 self.violation = Violation("INV-13", str(error))
                 return
 
+    def _handle(self, process: Process, facts: dict[str, Any]) -> RunHandle[Any]:
+        return process.client.handle(self.ids.get(facts["id"], facts["id"]))  # type: ignore[no-any-return]
+
     async def _do_start(self, process: Process, facts: dict[str, Any]) -> None:
         workflow = facts["workflow"]
         if process.old_code and workflow.name == "changing":
             workflow = flows.changing_old
-        view = process.client.options(id=facts["id"], idempotency_key=facts.get("key"))
-        handle = await view.start(workflow, *(() if workflow in self.programs else (facts["n"],)))
-        if handle.id != facts["id"]:
-            self.violation = Violation("INV-13", f"the start of {facts['id']} answered {handle.id}")
+        # A key alone decides which run it is: the id is drawn anew by each call.
+        named = {"idempotency_key": facts["key"]} if "key" in facts else {"id": facts["id"]}
+        handle = await process.client.options(**named).start(
+            workflow, *(() if workflow in self.programs else (facts["n"],))
+        )
+        known = self.ids.setdefault(facts["id"], handle.id if "key" in facts else facts["id"])
+        if handle.id != known:
+            self.violation = Violation("INV-13", f"the start of {facts['id']} answered {handle.id}, it is {known}")
         self.checks.started[handle.id] = workflow.name
 
     async def _do_signal(self, process: Process, facts: dict[str, Any]) -> None:
-        await process.client.handle(facts["id"]).signal("go", facts["message"], message_id=facts["message"])
-        self.checks.sent[facts["id"], facts["message"]] = "signal"
+        handle = self._handle(process, facts)
+        await handle.signal("go", facts["message"], message_id=facts["message"])
+        self.checks.sent[handle.id, facts["message"]] = "signal"
 
     async def _do_cancel(self, process: Process, facts: dict[str, Any]) -> None:
-        await process.client.handle(facts["id"]).cancel("enough")
-        self.checks.sent[facts["id"], "perdure:cancel"] = "cancel"
+        handle = self._handle(process, facts)
+        await handle.cancel("enough")
+        self.checks.sent[handle.id, "perdure:cancel"] = "cancel"
 
     async def _do_terminate(self, process: Process, facts: dict[str, Any]) -> None:
-        await process.client.handle(facts["id"]).terminate("stop")
-        self.checks.terminated.add(facts["id"])
+        handle = self._handle(process, facts)
+        await handle.terminate("stop")
+        self.checks.terminated.add(handle.id)
         self.sometimes["terminated"] += 1
 
     async def _do_result(self, process: Process, facts: dict[str, Any]) -> None:
+        handle = self._handle(process, facts)
         try:
-            value: Any = await process.client.handle(facts["id"]).result(timeout=2)
+            value: Any = await handle.result(timeout=2)
             seen: tuple[Any, ...] = ("completed", value)
         except (StoreError, RunNotFound):
             raise
@@ -679,9 +691,9 @@ class World:
             return
         except PerdureError as error:
             seen = (type(error).__name__,)
-        first = self.checks.seen_ends.setdefault(facts["id"], seen)
+        first = self.checks.seen_ends.setdefault(handle.id, seen)
         if first != seen:
-            self.violation = Violation("INV-14", f"{facts['id']} was seen to end as {first} and as {seen}")
+            self.violation = Violation("INV-14", f"{handle.id} was seen to end as {first} and as {seen}")
 
     # --- the course of a universe ---
 
