@@ -37,6 +37,7 @@ from perdure.core.turn import (
 )
 from perdure.runtime.drive_sync import BodyThreads
 from perdure.runtime.play import Play
+from perdure.testing.sim import flows
 from perdure.worker.claiming import MOST_LOOKED_AT
 from perdure.worker.executing import StepInfo
 from perdure.worker.shift import Shift
@@ -365,6 +366,8 @@ class Checks:
             shadow.chain = hashlib.blake2b((shadow.chain + "".join(new)).encode(), digest_size=16).hexdigest()
         messages = [self._event(shadow, row, stored.decode(text), turn) for text in new]
         self._mail(shadow, run, [m for m in messages if m is not None])
+        if row.kind == "activity" and row.status == Status.WAITING and row.wake_at is not None:
+            shadow.retries[row.parent_step or row.id] = row.wake_at
         if row.kind == "workflow":
             status = shadow.ended.status if shadow.ended is not None else None
             if (row.status if row.status in ENDED else None) != status:
@@ -533,6 +536,7 @@ class Checks:
     def execution_begins(self, id: str, info: StepInfo, epoch: int) -> None:
         shadow = self.by_id[id]
         row = shadow.row
+        self._tried(shadow, info, epoch)
         if row.kind == "activity":
             if epoch in shadow.claims and row.ended_at is not None and row.epoch == epoch:
                 raise Violation("INV-4", f"activity {info.run_id} is executed after its end")
@@ -551,6 +555,17 @@ class Checks:
         play.close()
         if play.difference is None and not asked:
             raise Violation("INV-8", f"{info.run_id}: {info.id} is executed before the commit that asks for it")
+
+    def _tried(self, shadow: Shadow, info: StepInfo, epoch: int) -> None:
+        """INV-16: an attempt is one that its policy gives, and does not begin before its time."""
+        most = flows.MOST_ATTEMPTS.get(info.id, flows.DEFAULT)
+        if info.attempt > most:
+            raise Violation("INV-16", f"{info.run_id}: {info.id} is tried {info.attempt} times, {most} are allowed")
+        due = shadow.retries.get(info.id)
+        early = 0 if due is None else due - max(self.latest, self.store.now())
+        # Whoever has lost the run does not know what was recorded since.
+        if early > 0 and shadow.row.epoch == epoch:
+            raise Violation("INV-16", f"{info.run_id}: {info.id} is tried again {early / 1e6:.3f} s before its time")
 
     def execution_cancelled(self, id: str, info: StepInfo, epoch: int, process: Process) -> None:
         shadow = self.by_id[id]

@@ -19,6 +19,16 @@ WORLD: Any = None
 
 LENGTHS: Final = (0.0, 0.01, 0.3, 1.5, 6.0)
 QUICK: Final = Retry(max_attempts=4, first_delay=0.5, max_delay=8)
+TWICE: Final = Retry(max_attempts=2, first_delay=0.2)
+ONCE: Final = Retry(max_attempts=1)
+DEFAULT: Final = 3
+"""Attempts that a step has whose policy says nothing else."""
+MOST_ATTEMPTS: Final = {
+    **dict.fromkeys(("charge", "first", "far-0", "far-1", "extra"), 4),
+    **dict.fromkeys(("last", "double-2", "slow", "slower", "vain", "far-vain"), 2),
+    "double-1": 1,
+}
+"""Attempts that the policies below give to each step which has one: said twice, so that the engine is not asked."""
 
 
 @contextmanager
@@ -125,8 +135,9 @@ async def collector(ctx: Any, n: int) -> Any:
 @workflow
 async def child(ctx: Any, n: int) -> int:
     await ctx.step.sleep("pause", seconds=n % 4)
-    policy = Retry(max_attempts=1 + n % 2, first_delay=0.2)
-    return int(await ctx.step.options(retry=policy).run("double", work, n * 2, fail=1))
+    if n % 2:
+        return int(await ctx.step.options(retry=TWICE).run("double-2", work, n * 2, fail=1))
+    return int(await ctx.step.options(retry=ONCE).run("double-1", work, n * 2, fail=1))
 
 
 @workflow
@@ -206,6 +217,19 @@ async def dispatching(ctx: Any, n: int) -> Any:
     await ctx.step.sleep("a-while", seconds=n % 3)
     await extra.cancel()
     return [await each.result() for each in pending]
+
+
+@workflow
+async def trying(ctx: Any, n: int) -> Any:
+    """A step and an activity in vain: they fail at every attempt they have."""
+    got: list[Any] = []
+    twice = ctx.step.options(retry=TWICE)
+    for each in (twice.start("vain", now, n, fail=9), twice.start("far-vain", remote, n, fail=9)):
+        try:
+            got.append(await each.result())
+        except Exception as error:
+            got.append(type(error).__name__)
+    return got
 
 
 @workflow
@@ -353,6 +377,7 @@ CANONICAL: Final[tuple[Workflow[Any, Any], ...]] = (
     waiting,
     cleaning,
     dispatching,
+    trying,
     ending,
     listening,
     fan,

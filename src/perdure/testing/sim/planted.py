@@ -14,6 +14,7 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from perdure.core import events as ev
+from perdure.core import retry
 from perdure.core.match import Line
 from perdure.core.turn import Batch, Fenced, Turn
 from perdure.stores.memory import MemoryStore
@@ -153,6 +154,18 @@ def _time_not_kept(original: Any) -> Any:
     return take_in
 
 
+def _no_patience(original: Any) -> Any:
+    def take_outcome(self: Resident, item: Any, now: int) -> None:
+        original(self, item, now)
+        self.retrying = dict.fromkeys(self.retrying, now)
+
+    return take_outcome
+
+
+def _one_more_attempt(original: Any) -> Any:
+    return lambda policy, error, attempt, spread: original(policy, error, max(attempt - 1, 1), spread)
+
+
 def _no_key_known(original: Any) -> Any:
     return lambda self, start, now: None
 
@@ -189,6 +202,8 @@ PLANTED: Final[dict[str, Patch]] = {
     "a step cancelled before acknowledgement": (Resident, "_gather", _cancelled_first),
     "an input's time not kept over a rebuild": (Resident, "_take_in", _time_not_kept),
     "commands of the last input not compared after patched": (Line, "patched", _life_too_early),
+    "attempts begin before their retry_at": (Resident, "_take_outcome", _no_patience),
+    "one attempt more than the policy": (retry, "decide", _one_more_attempt),
     "every idempotency key forgotten": (MemoryStore, "_run_of_key", _no_key_known),
 }
 
