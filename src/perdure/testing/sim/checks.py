@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from perdure.core import events as ev
 from perdure.core import stored
 from perdure.core.limits import ERROR_TEXT, Limits
@@ -39,6 +41,7 @@ from perdure.runtime.drive_sync import BodyThreads
 from perdure.runtime.play import Play
 from perdure.testing.sim import flows
 from perdure.worker.claiming import MOST_LOOKED_AT
+from perdure.worker.ending import STRIKES
 from perdure.worker.executing import StepInfo
 from perdure.worker.shift import Shift
 
@@ -168,7 +171,6 @@ class Checks:
         self.sent: dict[tuple[str, str], str] = {}
         self.keys: dict[tuple[str, str], int] = {}  # (workflow, idempotency key) -> run
         self.terminated: set[str] = set()
-        self.seen_ends: dict[str, tuple[Any, ...]] = {}
 
     # --- calls ---
 
@@ -420,6 +422,7 @@ class Checks:
             self._remote_there(shadow, row, event)
         elif kind in (ev.ChildEnded, ev.ActivityEnded):
             shadow.remotes.pop(event.step, None)
+            self._end_told(row, event)
         elif kind is ev.Ended:
             shadow.ended = event
             if len(set(event.unread)) < len(event.unread):
@@ -468,6 +471,26 @@ class Checks:
         started = event.step in self.store._children.get(row.key, {})
         if not started and getattr(event, "awaited", True) and f"perdure:{named}:{event.step}" not in run.accepted:
             raise Violation("INV-8", f"{row.id}: {event.step} is recorded, but nothing was started")
+
+    def _end_told(self, row: Row, event: Any) -> None:
+        """INV-14: a parent is told the end that its child's row shows."""
+        key = self.store._children.get(row.key, {}).get(event.step)
+        if key is None:
+            return  # It was never started: its id belonged to another run.
+        end = self.store._runs[key].row
+        there = (end.id, end.status, end.result or "null", end.error)
+        error = None if event.error is None else msgspec.json.encode(event.error).decode()
+        told = (event.run, event.status, bytes(event.value).decode(), error)
+        if told != there:
+            raise Violation("INV-14", f"{row.id} was told of {event.step} that it is {told}, it is {there}")
+
+    def sees_end(self, id: str, seen: tuple[str, Any]) -> None:
+        """INV-14: a client is shown the end that the row shows. seen: a status, and the result or None."""
+        row = self.by_id[id].row
+        result = None if row.result is None else msgspec.json.decode(row.result)
+        # One that is quarantined has not ended, and may be terminated before we look.
+        if seen != (row.status, result) and row.strikes < STRIKES:
+            raise Violation("INV-14", f"{id} was seen to be {seen}, it is {(row.status, result)}")
 
     def _mail(self, shadow: Shadow, run: Any, consumed: Sequence[str]) -> None:
         row: Row = run.row

@@ -18,6 +18,7 @@ from perdure.core import retry
 from perdure.core.match import Line
 from perdure.core.turn import Batch, Fenced, Turn
 from perdure.stores.memory import MemoryStore
+from perdure.worker import residents
 from perdure.worker.residents import Again, Resident
 from perdure.worker.shift import Shift
 
@@ -166,6 +167,13 @@ def _one_more_attempt(original: Any) -> Any:
     return lambda policy, error, attempt, spread: original(policy, error, max(attempt - 1, 1), spread)
 
 
+def _told_as_terminated(original: Any) -> Any:
+    def telling_parent(*, status: str, **facts: Any) -> Any:
+        return original(status="terminated" if status == "cancelled" else status, **facts)
+
+    return telling_parent
+
+
 def _no_key_known(original: Any) -> Any:
     return lambda self, start, now: None
 
@@ -204,6 +212,7 @@ PLANTED: Final[dict[str, Patch]] = {
     "commands of the last input not compared after patched": (Line, "patched", _life_too_early),
     "attempts begin before their retry_at": (Resident, "_take_outcome", _no_patience),
     "one attempt more than the policy": (retry, "decide", _one_more_attempt),
+    "a cancelled child told as terminated": (residents, "telling_parent", _told_as_terminated),
     "every idempotency key forgotten": (MemoryStore, "_run_of_key", _no_key_known),
 }
 

@@ -23,9 +23,14 @@ from perdure.core.errors import (
     IdempotencyConflict,
     LimitExceeded,
     PerdureError,
+    RunCancelled,
+    RunEnded,
     RunExists,
+    RunFailed,
     RunFinished,
     RunNotFound,
+    RunTerminated,
+    RunTimedOut,
     StoreError,
     UnknownWorkflow,
 )
@@ -55,6 +60,13 @@ BOUND: Final = 900 * SECOND
 """Once faults stop, every run has ended after this long."""
 SPINS: Final = 3000
 """So many steps within one second of the universe are a loop that never backs off."""
+ENDS: Final = {
+    RunFailed: "failed",
+    RunCancelled: "cancelled",
+    RunTerminated: "terminated",
+    RunTimedOut: "timed_out",
+}
+"""The status of which each error tells whoever waits for a result."""
 MOVING: Final = frozenset({"write", "claim", "history", "mail", "mailbox", "retire"})
 
 
@@ -683,17 +695,16 @@ class World:
     async def _do_result(self, process: Process, facts: dict[str, Any]) -> None:
         handle = self._handle(process, facts)
         try:
-            value: Any = await handle.result(timeout=2)
-            seen: tuple[Any, ...] = ("completed", value)
-        except (StoreError, RunNotFound):
-            raise
+            seen = ("completed", await handle.result(timeout=2))
         except TimeoutError:
             return
-        except PerdureError as error:
-            seen = (type(error).__name__,)
-        first = self.checks.seen_ends.setdefault(handle.id, seen)
-        if first != seen:
-            self.violation = Violation("INV-14", f"{handle.id} was seen to end as {first} and as {seen}")
+        except RunEnded as error:
+            seen = (ENDS[type(error)], None)
+        try:
+            self.checks.sees_end(handle.id, seen)
+        except Violation as violation:
+            # Raised here it would only fail this operation.
+            self.violation = violation
 
     # --- the course of a universe ---
 
