@@ -671,7 +671,7 @@ class Checks:
             if store._runs[store._newest["default", id]].row.ended_at is None:
                 raise Violation("INV-7", f"{id} was terminated and lives")
         for worker in {run.row.owner for run in store._runs.values() if run.row.owner is not None}:
-            if self.world.owner_of(worker) is None:
+            if not self.store._lives(worker):
                 raise Violation("INV-25", f"{worker} owns a run and is no living worker")
 
     def _executions(self, shadow: Shadow) -> None:

@@ -226,11 +226,6 @@ class Process:
         """A reader's thread."""
         self.reads.append((ask, done))
 
-    def random_hex(self, count: int) -> str:
-        drawn = self.world.hex(count)
-        self.world.incarnations[drawn] = (self, self.old_code)
-        return drawn
-
     # --- actions ---
 
     def boot(self) -> None:
@@ -273,7 +268,7 @@ class Process:
             self.loop,
             kick=self.kick,
             monotonic=self.monotonic,
-            random_hex=self.random_hex,
+            random_hex=world.hex,
             spread=world.spread,
             ended_run=self.core.run_ended,
             read=self.read,
@@ -444,7 +439,6 @@ class World:
         self.network: list[tuple[str, Callable[[], Any]]] = []
         self.late: set[tuple[int, str]] = set()
         self._hidden: set[tuple[int, str]] = set()
-        self.incarnations: dict[str, tuple[Process, bool]] = {}
         self.violation: Violation | None = None
         self.here: Process | None = None
         self.to_kill: Process | None = None
@@ -488,11 +482,6 @@ class World:
 
     def note(self, who: str, what: str, more: Any) -> None:
         self.notes.append((self.time, who, what, more))
-
-    def owner_of(self, incarnation: str | None) -> Process | None:
-        """The process that lives, or lived, as this incarnation."""
-        known = self.incarnations.get(incarnation or "")
-        return None if known is None else known[0]
 
     # --- faults ---
 
