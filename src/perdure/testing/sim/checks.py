@@ -20,6 +20,7 @@ from perdure.core.limits import ERROR_TEXT, Limits
 from perdure.core.match import PENDING
 from perdure.core.status import ENDED, Status
 from perdure.core.turn import (
+    Address,
     Batch,
     Begun,
     Claim,
@@ -33,6 +34,7 @@ from perdure.core.turn import (
     MoreMail,
     Reaped,
     Row,
+    Send,
     Turn,
     Unstorable,
     Verdict,
@@ -130,6 +132,15 @@ class Effects:
             world.violation = world.violation or violation
             raise
         return place, epoch, info, process
+
+    def tells(self, info: StepInfo, name: str) -> None:
+        to = Address(namespace="default", id=info.run_id)
+        send = Send(to=to, id=f"told-{info.id}", kind="signal", name=name, data="0")
+        try:
+            self.world.checks.write(Batch(sends=[send]))
+        except Violation as violation:
+            self.world.violation = self.world.violation or violation
+            raise
 
     def ends(self, token: Any) -> None:
         self.active.pop(token[0], None)

@@ -69,6 +69,13 @@ def now(value: Any, fail: int = 0) -> Any:
     return value
 
 
+def tell(value: Any) -> Any:
+    """A step that sends its own run a signal."""
+    with _effect() as info:
+        WORLD.effects.tells(info, "word")
+    return value
+
+
 async def poison() -> None:
     """A step that kills its worker."""
     with _effect():
@@ -266,6 +273,22 @@ async def listening(ctx: Any, n: int) -> Any:
 
 
 @workflow
+async def regretting(ctx: Any, n: int) -> Any:
+    """Gives a step up whose outcome comes all the same; a signal that is newer than its end makes it want that step."""
+    word = asyncio.create_task(ctx.step.wait_signal("word"))
+    before, second, third, last = (
+        ctx.step.start(id, act, n) for id, act in (("before", now), ("second", now), ("third", now), ("send", tell))
+    )
+    await second.result()
+    if word.done():
+        return await third.result()
+    await third.cancel()
+    await last.result()
+    word.cancel()
+    return await before.result()
+
+
+@workflow
 async def killing(ctx: Any, n: int) -> None:
     """Kills whoever runs it."""
     await ctx.step.run("die", poison)
@@ -380,6 +403,7 @@ CANONICAL: Final[tuple[Workflow[Any, Any], ...]] = (
     trying,
     ending,
     listening,
+    regretting,
     fan,
     plain,
     plain_parent,

@@ -148,6 +148,10 @@ def _cancelled_first(original: Any) -> Any:
     return gather
 
 
+def _dropped_at_once(original: Any) -> Any:
+    return lambda self, item: None
+
+
 def _time_not_kept(original: Any) -> Any:
     def take_in(self: Resident, item: Any, now: int) -> None:
         original(self, item, max(self._now(), now) if isinstance(item, Again) else now)
@@ -208,6 +212,7 @@ PLANTED: Final[dict[str, Patch]] = {
     "local outcome lost on MoreMail": (Resident, "_rebuild", _outcome_lost),
     "changed wake_at not written": (Resident, "_commit", _wake_at_kept),
     "a step cancelled before acknowledgement": (Resident, "_gather", _cancelled_first),
+    "an outcome dropped before acknowledgement": (Resident, "_keep_unwanted", _dropped_at_once),
     "an input's time not kept over a rebuild": (Resident, "_take_in", _time_not_kept),
     "commands of the last input not compared after patched": (Line, "patched", _life_too_early),
     "attempts begin before their retry_at": (Resident, "_take_outcome", _no_patience),
