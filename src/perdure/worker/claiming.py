@@ -15,9 +15,10 @@ from msgspec.structs import replace
 from perdure.core import events as ev
 from perdure.core import stored
 from perdure.core.errors import PerdureError, StoreError
+from perdure.core.status import Status
 from perdure.core.turn import Batch, Claim, Head, Key, Turn
 from perdure.stores.contract import Store
-from perdure.worker.ending import end_without_code, what_it_did
+from perdure.worker.ending import STRIKES, end_without_code, what_it_did
 from perdure.worker.residents import fence_of, put_aside
 from perdure.worker.shift import Shift
 
@@ -176,7 +177,10 @@ class Housekeeper:
             self.store.wake()
         moved = reaped.runs
         for row in self.store.overdue():
-            if row.deadline_at is not None and row.deadline_at <= self.store.now():
+            # It is here by the store's clock, of which ours is a lower bound: without three strikes, or with them
+            # written down already, it is here for its timeout.
+            late = row.deadline_at is not None and row.deadline_at <= self.store.now()
+            if late or row.strikes < STRIKES or row.status == Status.QUARANTINED:
                 status, reason = "timed_out", "It did not end before its timeout."
             else:
                 status, reason = "quarantined", what_it_did(row)
