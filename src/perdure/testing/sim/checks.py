@@ -317,6 +317,8 @@ class Checks:
                 raise Violation("INV-6", f"a claim of {row.id} did not raise its epoch")
             if old.owner is not None:
                 raise Violation("INV-6", f"a claim took {row.id} from {old.owner}")
+            if old.status == Status.SCHEDULED:
+                self._starts(old, head)
             served = claim.activities if row.kind == "activity" else claim.workflows
             if row.workflow not in served:
                 raise Violation("INV-24", f"{row.id} was claimed by a worker that does not serve {row.workflow}")
@@ -324,6 +326,17 @@ class Checks:
         for head in heads:
             self.shadows[head.row.key].claims[head.row.epoch] = head.row.history_events
         return heads
+
+    def _starts(self, row: Row, head: Head) -> None:
+        """INV-11: a start that was delayed comes neither early, unless the run is asked to end, nor late."""
+        assert row.wake_at is not None
+        if any(mail.kind == "cancel" for mail in head.mail):
+            self.world.sometimes["cancelled before its start"] += 1
+        elif row.wake_at > self.latest:
+            raise Violation("INV-11", f"{row.id} starts {(row.wake_at - self.latest) / 1e6:.3f} s before its time")
+        else:
+            self.world.sometimes["started later"] += 1
+            self._lateness(row, "its start", row.wake_at)
 
     def reap(self) -> Reaped:
         before = {key: run.row for key, run in self.store._runs.items()}
@@ -397,7 +410,9 @@ class Checks:
         shadow.events.append(event)
         kind = type(event)
         if isinstance(event, ev.INPUTS):
-            if event.at > self.latest:
+            # The time of a run that starts later is that start's, also if it is asked to end before.
+            begins = row.wake_at if kind is ev.Started and row.status == Status.SCHEDULED else None
+            if event.at > max(self.latest, shadow.now) and event.at != begins:
                 raise Violation(
                     "INV-11", f"{row.id}: {ev.kind(event)} says {event.at - self.latest} us more than the store's clock"
                 )
@@ -442,7 +457,7 @@ class Checks:
         return message
 
     def _lateness(self, row: Row, step: str, due: int | None) -> None:
-        """INV-11: once everything is healed, no timer is later than the bound."""
+        """INV-11: once everything is healed, no timer is later than the bound. due: None if there is no timer."""
         if self.healed_at is None or due is None:
             return
         late = self.store.now() - max(due, self.healed_at)
@@ -544,7 +559,11 @@ class Checks:
             if not self.store._lives(row.owner) and row.status != Status.RUNNING and row.status != Status.WAITING:
                 raise Violation("INV-9", f"{row.id} is {row.status} and belongs to a dead worker")
             return
-        if row.status in (Status.READY, Status.SCHEDULED, Status.QUARANTINED) or run.unread or row.wake_at is not None:
+        if row.status in (Status.READY, Status.QUARANTINED) or row.wake_at is not None:
+            return
+        if row.status == Status.SCHEDULED:
+            raise Violation("INV-9", f"{row.id} is to start later, and nothing says when")
+        if run.unread:
             return
         if row.status == Status.RUNNING:
             raise Violation("INV-9", f"{row.id} is running and nobody has it")
@@ -560,6 +579,13 @@ class Checks:
         row: Row = run.row
         if row.owner is not None:
             raise Violation("INV-25", f"{row.id} has ended and still has an owner")
+        if row.status == Status.TIMED_OUT:
+            self.world.sometimes["timed out"] += 1
+            if row.deadline_at is None or row.deadline_at > self.latest:
+                raise Violation(
+                    "INV-11", f"{row.id} is out of time at {self.latest}, it may take until {row.deadline_at}"
+                )
+        self._lateness(row, "its timeout", row.deadline_at)
         if shadow.ended is not None:
             for id in run.unread:
                 if id not in shadow.ended.unread:

@@ -149,13 +149,13 @@ async def child(ctx: Any, n: int) -> int:
 
 @workflow
 async def parent(ctx: Any, n: int) -> Any:
-    """A child awaited, one abandoned, one that ends with its parent."""
+    """A child awaited for a while, one abandoned, one that ends with its parent."""
     got: list[Any] = [
         await ctx.step.options(parent_close="abandon").emit_workflow("left", child, n),
         await ctx.step.options(parent_close="cancel").emit_workflow("led", collector, n),
     ]
     try:
-        got.append(await ctx.step.run_workflow("own", child, n))
+        got.append(await ctx.step.options(timeout=2 + n % 9).run_workflow("own", child, n))
     except Exception as error:
         got.append(type(error).__name__)
     return got

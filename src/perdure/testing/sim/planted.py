@@ -17,6 +17,7 @@ from perdure.core import events as ev
 from perdure.core import retry
 from perdure.core.match import Line
 from perdure.core.turn import Batch, Fenced, Turn
+from perdure.stores import memory
 from perdure.stores.memory import MemoryStore
 from perdure.worker import residents
 from perdure.worker.residents import Again, Resident
@@ -171,6 +172,10 @@ def _one_more_attempt(original: Any) -> Any:
     return lambda policy, error, attempt, spread: original(policy, error, max(attempt - 1, 1), spread)
 
 
+def _started_at_once(original: Any) -> Any:
+    return lambda run, now: original(run, now) or run.row.status == "scheduled"
+
+
 def _told_as_terminated(original: Any) -> Any:
     def telling_parent(*, status: str, **facts: Any) -> Any:
         return original(status="terminated" if status == "cancelled" else status, **facts)
@@ -217,6 +222,7 @@ PLANTED: Final[dict[str, Patch]] = {
     "commands of the last input not compared after patched": (Line, "patched", _life_too_early),
     "attempts begin before their retry_at": (Resident, "_take_outcome", _no_patience),
     "one attempt more than the policy": (retry, "decide", _one_more_attempt),
+    "a delayed start at once": (memory, "_is_claimable", _started_at_once),
     "a cancelled child told as terminated": (residents, "telling_parent", _told_as_terminated),
     "every idempotency key forgotten": (MemoryStore, "_run_of_key", _no_key_known),
 }

@@ -605,6 +605,10 @@ class World:
             if tape.choose(4, "key?") == 3:
                 facts["key"] = f"key-{i + 1}"
             planned.append((begins, "start", facts))
+            if tape.choose(5, "timeout?") == 4:
+                facts["timeout"] = (1, 4, 15)[tape.choose(3, "how long")]
+            if tape.choose(5, "delay?") == 4:
+                facts["delay"] = (0.4, 3, 10)[tape.choose(3, "how long")]
             if tape.choose(5, "twice?") == 4:
                 planned.append((begins + tape.choose(3, "again") * SECOND, "start", facts))
             for j in range(tape.choose(5, "signals")):
@@ -657,9 +661,8 @@ class World:
             workflow = flows.changing_old
         # A key alone decides which run it is: the id is drawn anew by each call.
         named = {"idempotency_key": facts["key"]} if "key" in facts else {"id": facts["id"]}
-        handle = await process.client.options(**named).start(
-            workflow, *(() if workflow in self.programs else (facts["n"],))
-        )
+        view = process.client.options(**named, timeout=facts.get("timeout"), delay=facts.get("delay"))
+        handle = await view.start(workflow, *(() if workflow in self.programs else (facts["n"],)))
         known = self.ids.setdefault(facts["id"], handle.id if "key" in facts else facts["id"])
         if handle.id != known:
             self.violation = Violation("INV-13", f"the start of {facts['id']} answered {handle.id}, it is {known}")
