@@ -19,7 +19,7 @@ from perdure.core.match import Line
 from perdure.core.turn import Batch, Fenced, Turn
 from perdure.stores import memory
 from perdure.stores.memory import MemoryStore
-from perdure.worker import residents
+from perdure.worker import claiming, residents
 from perdure.worker.residents import Again, Resident
 from perdure.worker.shift import Shift
 
@@ -223,6 +223,7 @@ PLANTED: Final[dict[str, Patch]] = {
     "attempts begin before their retry_at": (Resident, "_take_outcome", _no_patience),
     "one attempt more than the policy": (retry, "decide", _one_more_attempt),
     "a delayed start at once": (memory, "_is_claimable", _started_at_once),
+    "what is overdue judged by the worker's clock": (claiming, "STRIKES", lambda original: 0),
     "a cancelled child told as terminated": (residents, "telling_parent", _told_as_terminated),
     "every idempotency key forgotten": (MemoryStore, "_run_of_key", _no_key_known),
 }
