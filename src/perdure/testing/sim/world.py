@@ -343,6 +343,7 @@ class Process:
             try:
                 self.store.retire(self.shift.incarnation)
             except StoreError:
+                self.world.crashes += 1
                 self.world.note(self.name, "could not retire", "")
             self.world.sometimes["left in peace"] += 1
             self.crash()
@@ -733,6 +734,7 @@ class World:
         for process in self.processes:
             process.paused_until = process.beat_blocked_until = 0
             if process.old_code and not process.down:
+                self.crashes += 1
                 process.crash()
             process.restart_at = min(process.restart_at, self.time)
 
