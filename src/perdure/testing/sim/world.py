@@ -727,7 +727,8 @@ class World:
         self.note("nemesis", "heals", "")
         self.healed = not self.config.crash_at
         self.healed_at = self.time
-        self.checks.healed_at = self.store.now()
+        # Leases that were given before the clock went back last until it is there again.
+        self.checks.healed_at = max(self.checks.latest, self.store.now())
         while self.network:
             self.deliver()
         self.reveal()
