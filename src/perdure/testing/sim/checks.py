@@ -108,7 +108,7 @@ class Effects:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.active: dict[tuple[str, str, str], int] = {}
+        self.active: dict[tuple[str, str, str], StepInfo] = {}
         self.executions: Counter[tuple[str, str, int]] = Counter()
         self.total = 0
 
@@ -122,9 +122,11 @@ class Effects:
         id, epoch = _holder(shift, info)
         place = (process.life, id, info.id)
         try:
-            if self.active.get(place):
+            there = self.active.get(place)
+            # One that was cancelled may still be about to end: its claim is lost, and this is a newer one.
+            if there is not None and not there.cancelled:
                 raise Violation("INV-4", f"step {info.id} of {info.run_id} is executed twice at once in {process.name}")
-            self.active[place] = 1
+            self.active[place] = info
             self.executions[id, info.id, epoch] += 1
             world.checks.execution_begins(id, info, epoch)
         except Violation as violation:
@@ -143,7 +145,9 @@ class Effects:
             raise
 
     def ends(self, token: Any) -> None:
-        self.active.pop(token[0], None)
+        (place, _, info, _) = token
+        if self.active.get(place) is info:
+            del self.active[place]
 
     def cancelled(self, token: Any) -> None:
         (place, epoch, info, process) = token
