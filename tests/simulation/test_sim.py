@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -20,10 +19,11 @@ from perdure.stores.sqlite.store import SQLiteStore
 from perdure.testing import sim
 from perdure.testing.sim import flows
 from perdure.testing.sim.mirror import Mirrored
-from perdure.testing.sim.planted import PLANTED, planted
+from perdure.testing.sim.planted import PLANTED, RARE, planted
 from perdure.testing.sim.store import FAULTS
 from perdure.testing.sim.world import POWERS, Config
 from tests import servers
+from tests.simulation.record import kept, kills
 
 pytestmark = [
     # Universes end in the middle of things: coroutines that nobody awaits any more.
@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-TAPES = sorted((Path(__file__).parent / "tapes").glob("*.json"))
+TAPES = kept()
 BLOCK = 500
 
 HAPPENS = {
@@ -59,11 +59,16 @@ HAPPENS = {
 """What has to have happened at least once in each block: a zero is a failure of the tests."""
 
 
-@pytest.mark.parametrize("tape", TAPES, ids=lambda path: path.stem)
-def test_a_kept_tape_breaks_no_promise_again(tape: Path) -> None:
-    kept = json.loads(tape.read_text(encoding="utf-8"))
-    report = sim.run(kept["seed"], tape=kept["tape"])
+@pytest.mark.parametrize("name", TAPES)
+def test_a_kept_tape_breaks_no_promise_again(name: str) -> None:
+    report = sim.run(TAPES[name]["seed"], tape=TAPES[name]["tape"])
     assert report.violation is None, report.text()
+
+
+@pytest.mark.parametrize("bug", [*PLANTED, *RARE])
+def test_a_planted_bug_dies_on_its_tape(bug: str) -> None:
+    [tape] = [tape for tape in TAPES.values() if tape.get("planted") == bug]
+    assert kills(tape, bug), "record it anew: python -m tests.simulation.record"
 
 
 @pytest.mark.parametrize("block", range(4))
