@@ -935,7 +935,10 @@ class Resident:
         posted = {item.id: item for item in self.inbox if isinstance(item, Mail)}
         unread = {**posted, **{message.id: message for message in mail}}
         taken = set(_messages_in(events))
-        # Mail comes first and in mailbox order, old with the time it had, new with that of the turn's first input.
+        # Mail comes first and in mailbox order, old with the time it had, new with that of the turn's first input. What
+        # it overtakes keeps its time, so that mail comes no later than that.
+        if again:
+            times = {message: min(at, again[0].event.at) for message, at in times.items()}
         messages = [
             Again(input_of(message, times.get(message.id, first)))
             for message in sorted(unread.values(), key=lambda m: m.position)
