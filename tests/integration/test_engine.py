@@ -746,7 +746,7 @@ async def test_a_run_that_may_only_be_executed_alone_is_made_way_for_under_stead
 
     async with Engine(f"sqlite:///{path}", workflows=[brief]) as it:
         suspect = await it.options(delay=0.2).start(brief)
-        with sqlite3.connect(path) as db:
+        with closing(sqlite3.connect(path)) as db, db:
             db.execute("UPDATE perdure_runs SET strikes = 2")
         db.close()
         done = asyncio.ensure_future(suspect.result(timeout=60))

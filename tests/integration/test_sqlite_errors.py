@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def test_a_step_that_takes_the_gate_before_a_writer_that_has_asked_is_waited_for
 
 
 def test_a_table_that_is_gone_is_named(store: SQLiteStore, path: Path) -> None:
-    with sqlite3.connect(path) as db:
+    with closing(sqlite3.connect(path)) as db, db:
         db.execute("DROP TABLE perdure_mail")
     with pytest.raises(NotAStore, match=r"no such table: perdure_mail.*perdure db status"):
         store.write(Batch(sends=[Send(to=1, id="m", kind="signal", name="go", data="[]")]))
@@ -99,7 +99,7 @@ def test_reading_does_not_create_a_store(path: Path) -> None:
 
 
 def test_reading_does_not_add_tables_to_somebody_elses_database(path: Path) -> None:
-    with sqlite3.connect(path) as db:
+    with closing(sqlite3.connect(path)) as db, db:
         db.execute("CREATE TABLE customers (name TEXT)")
     db.close()
     with pytest.raises(NotAStore, match="without the tables"):
@@ -143,7 +143,7 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_newer_schema_stops_before_anything_is_read(store: SQLiteStore, path: Path) -> None:
-    with sqlite3.connect(path) as db:
+    with closing(sqlite3.connect(path)) as db, db:
         db.execute("INSERT INTO perdure_migrations VALUES (9999, '9999_from_the_future.sql', 'x', 0)")
     db.close()
     with pytest.raises(StoreTooNew, match="9999_from_the_future"):
@@ -151,7 +151,7 @@ def test_a_newer_schema_stops_before_anything_is_read(store: SQLiteStore, path: 
 
 
 def test_an_applied_migration_that_was_edited_stops(store: SQLiteStore, path: Path) -> None:
-    with sqlite3.connect(path) as db:
+    with closing(sqlite3.connect(path)) as db, db:
         db.execute("UPDATE perdure_migrations SET checksum = 'another'")
     db.close()
     with pytest.raises(StoreCorrupt, match="0001_runs"):
