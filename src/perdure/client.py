@@ -415,8 +415,8 @@ class Core:
                     for row in await self.read(functools.partial(self.store.rows, found)) if found else ():
                         if row.status in OVER:
                             self.resolve(row.key, Ending(row.status, row.result, row.error))
-                    if asyncio.get_running_loop().time() >= look_at:
-                        look_at += LOOK_FOR_BLOCKED
+                    if (now := asyncio.get_running_loop().time()) >= look_at:
+                        look_at = now + LOOK_FOR_BLOCKED
                         unwarned = [key for key in elsewhere if key in self.waiting and key not in self.warned]
                         for row in await self.read(functools.partial(self.store.rows, unwarned)):
                             if row.status == "blocked":

@@ -25,6 +25,7 @@ from perdure import (
     RunHandle,
     StepFailed,
     StepTimedOut,
+    Workflow,
     activity,
     current_step,
     workflow,
@@ -255,6 +256,16 @@ async def test_it_is_cancelled_with_its_run_and_given_up_by_its_code(tmp_path: P
             await status_of(it.handle(f"u/{step}"), "cancelled")
 
 
+def using(act: Any) -> Workflow[[], None]:
+    """A workflow that dispatches this activity and waits for it."""
+
+    @workflow
+    async def uses(ctx: Context) -> None:
+        await ctx.step.run("far", act)
+
+    return uses
+
+
 async def test_one_that_was_never_claimed_is_cancelled_without_being_executed(tmp_path: Path) -> None:
     calls = []
 
@@ -262,10 +273,7 @@ async def test_one_that_was_never_claimed_is_cancelled_without_being_executed(tm
     async def render() -> None:
         calls.append(1)
 
-    @workflow
-    async def uses(ctx: Context) -> None:
-        await ctx.step.run("far", render)
-
+    uses = using(render)
     async with engine(tmp_path, uses) as here:
         handle = await here.options(id="u").start(uses)
         await status_of(handle, "waiting")
@@ -281,10 +289,7 @@ async def test_one_that_is_cancelled_by_hand_says_why(tmp_path: Path) -> None:
     @activity(queue="gpu")
     async def render() -> None: ...
 
-    @workflow
-    async def uses(ctx: Context) -> None:
-        await ctx.step.run("far", render)
-
+    uses = using(render)
     async with engine(tmp_path, uses) as here:
         handle = await here.options(id="u").start(uses)
         await status_of(handle, "waiting")
