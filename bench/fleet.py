@@ -184,7 +184,8 @@ async def soak(asked: argparse.Namespace) -> Answer:
     minutes: list[Answer] = []
     quiet: list[float] = []
     cleaning: list[float] = []
-    pruned, seconds = 0, 0.0
+    pruned = 0
+    seconds: list[float] = []
 
     async with working(asked) as processes, Client(asked.store) as client:
         await ready(client, processes)
@@ -193,24 +194,25 @@ async def soak(asked: argparse.Namespace) -> Answer:
             return sum(proc.of_process(each.pid) for each in processes) + server.cpu()
 
         await Load(client).paced(asked.rate, asked.minute / 6)
-        for _ in range(asked.minutes):
+        for number in range(asked.minutes):
             load, spent = Load(client), cpu()
             pruning = asyncio.ensure_future(prune(asked, asked.minute / 2))
             await load.paced(asked.rate, asked.minute)
             began, over, removed = await pruning
             pruned += removed
-            seconds += over - began
+            seconds.append(over - began)
             runs = load.done.total()
             for at, ms in load.claim_ms:
                 (cleaning if began <= at <= over else quiet).append(ms)
-            minutes.append(
-                {
-                    "cpu_ms": 1000 * (cpu() - spent) / runs,
-                    "p50_ms": percentile(load.ms, 0.5),
-                    "mb": server.size() / 1e6,
-                    "lost": load.started - runs,
-                }
-            )
+            minute = {
+                "cpu_ms": 1000 * (cpu() - spent) / runs,
+                "p50_ms": percentile(load.ms, 0.5),
+                "mb": server.size() / 1e6,
+                "lost": load.started - runs,
+            }
+            minutes.append(minute)
+            said = ", ".join(f"{name} {value:.4g}" for name, value in minute.items())
+            print(f"minute {number + 1} of {asked.minutes}: {said}, {removed} runs pruned", file=sys.stderr, flush=True)
     server.close()
     return {
         "minutes": minutes,

@@ -320,10 +320,12 @@ def soak(scale: Scale, postgres: Postgres) -> list[Line]:
             minutes=scale.minutes,
             minute=scale.minute,
             timeout=120 + 2 * scale.minutes * scale.minute,
+            aloud=True,
         )
     first, *_, last = found["minutes"]
     sizes = [each["mb"] for each in found["minutes"]]
     settled = max(sizes[: max(2, len(sizes) // 3)])
+    times = ", ".join(f"{seconds:.1f}" for seconds in found["pruned_in_s"])
     what = f"PostgreSQL: soak of {scale.minutes} minutes, {found['rate']:g} runs/s"
     return [
         Line(
@@ -334,7 +336,7 @@ def soak(scale: Scale, postgres: Postgres) -> list[Line]:
                 at_most("times", last["cpu_ms"] / first["cpu_ms"], 1.3),
                 at_most("runs lost", sum(each["lost"] for each in found["minutes"]), 0),
             ),
-            note=f"{found['pruned']:,} runs pruned in {found['pruned_in_s']:.1f} s",
+            note=f"{found['pruned']:,} runs pruned; each time in {times} s",
         ),
         Line(
             what=f"{what}: start to result, p50",

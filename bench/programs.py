@@ -65,11 +65,12 @@ class Failed(Exception):
     """A measurement that ended without an answer; the text is the last line it said."""
 
 
-def program(*command: object, timeout: float = 240) -> Answer:
-    """Runs one measurement and reads the JSON object in its last line."""
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=timeout)
+def program(*command: object, timeout: float = 240, aloud: bool = False) -> Answer:
+    """Runs one measurement and reads the JSON object in its last line. aloud: one that says itself how far it is."""
+    says = None if aloud else subprocess.PIPE
+    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=says, text=True, timeout=timeout)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["said nothing"]
+        said = (done.stderr or "").strip().splitlines() or ["said nothing more"]
         raise Failed(re.sub(r" \(/.*\)", "", said[-1]))
     answer: Answer = json.loads(done.stdout.splitlines()[-1])
     return answer
@@ -86,8 +87,9 @@ def side_by_side(processes: int, *, store: str, concurrency: int, **options: obj
         return list(pool.map(lambda _: ours("throughput", **share), range(processes)))
 
 
-def fleet(measurement: str, *, timeout: float = 240, **options: object) -> Answer:
-    return program(sys.executable, HERE / "fleet.py", measurement, *flags(options), timeout=timeout)
+def fleet(measurement: str, *, timeout: float = 240, aloud: bool = False, **options: object) -> Answer:
+    command = (sys.executable, HERE / "fleet.py", measurement, *flags(options))
+    return program(*command, timeout=timeout, aloud=aloud)
 
 
 def floor(**options: object) -> Answer:

@@ -19,7 +19,7 @@ from perdure.core.turn import Retention
 from perdure.stores.contract import Store
 
 UNITS: Final = {"s": "seconds", "min": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-BATCH: Final = 25
+BATCH: Final = 50
 REST: Final = 0.75
 """Part of the time that is left to others: a batch that took 2 ms is followed by a pause of 6 ms."""
 PROGRESS: Final = 2.0

@@ -34,22 +34,10 @@ DELETE FROM perdure.mail AS mail WHERE mail.run = $run::int8 AND mail.id = ANY(A
     SELECT one.id FROM perdure.mail AS one WHERE one.run = $run::int8 LIMIT $number::int8
 ));
 
--- name: forget_histories
--- The histories of a list of runs.
-DELETE FROM perdure.history WHERE run = ANY($keys::int8[]);
-
--- name: forget_mail
--- All their messages.
-DELETE FROM perdure.mail WHERE run = ANY($keys::int8[]);
-
--- name: forget_inputs
--- Their large inputs.
-DELETE FROM perdure.inputs WHERE run = ANY($keys::int8[]);
-
--- name: forget_keys
--- The idempotency keys that began them.
-DELETE FROM perdure.idempotency WHERE run = ANY($keys::int8[]);
-
--- name: forget_runs
--- Their rows.
+-- name: forget
+-- Remove runs that are held: histories, messages, large inputs, the idempotency keys that began them, and their rows.
+WITH histories AS (DELETE FROM perdure.history WHERE run = ANY($keys::int8[])),
+    messages AS (DELETE FROM perdure.mail WHERE run = ANY($keys::int8[])),
+    inputs AS (DELETE FROM perdure.inputs WHERE run = ANY($keys::int8[])),
+    began AS (DELETE FROM perdure.idempotency WHERE run = ANY($keys::int8[]))
 DELETE FROM perdure.runs WHERE key = ANY($keys::int8[]);

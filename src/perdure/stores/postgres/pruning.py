@@ -1,42 +1,28 @@
-"""Which ended runs go, and how much of that is done at once: a few milliseconds.
-
-What may go is looked up without a lock: an ended run never lives again, and gets no new children.
-"""
+"""Removes ended runs, a few milliseconds at a time."""
 
 from __future__ import annotations
 
 from perdure.core.turn import Key, Pruned, Retention
+from perdure.stores import retention as shared
 from perdure.stores.postgres.judging import Ask
-from perdure.stores.retention import EVERY_END, LOOKED_AT, PIECE, WHOLE, Chosen
+from perdure.stores.retention import EVERY_END, PIECE, Chosen, Seen
 
 
 def chosen(ask: Ask, retention: Retention) -> Chosen:
     """What goes next."""
-    seen = ask(
-        "may_go",
-        namespace=retention.namespace,
-        ended_before=retention.ended_before,
-        statuses=[str.__str__(status) for status in retention.statuses or EVERY_END],
-        workflow=retention.workflow,
-        after=retention.after,
-        number=LOOKED_AT,
-    )
-    # One that was created after the time given ends the walk.
-    more = len(seen) == LOOKED_AT and seen[-1][1] < retention.ended_before
-    runs: list[Key] = []
-    room = PIECE
-    for key, _, goes, events, messages in seen:
-        if not goes:
-            continue
-        if len(runs) == retention.limit:
-            return Chosen(runs, None, runs[-1])
-        if not retention.dry_run and events + messages > room:
-            if runs:
-                return Chosen(runs, None, runs[-1])
-            return Chosen([], (key, events, messages), key - 1)
-        room -= events + messages
-        runs.append(key)
-    return Chosen(runs, None, seen[-1][0] if more else None)
+
+    def look(after: Key, number: int) -> list[Seen]:
+        return ask(
+            "may_go",
+            namespace=retention.namespace,
+            ended_before=retention.ended_before,
+            statuses=[str.__str__(status) for status in retention.statuses or EVERY_END],
+            workflow=retention.workflow,
+            after=after,
+            number=number,
+        )
+
+    return shared.chosen(look, retention)
 
 
 def remove(ask: Ask, chosen: Chosen) -> Pruned:
@@ -52,6 +38,5 @@ def remove(ask: Ask, chosen: Chosen) -> Pruned:
             ask("forget_messages", run=run, number=min(messages, PIECE))
         return Pruned(runs=0, after=chosen.after)
     keys = [key for (key,) in ask("hold_ended", keys=chosen.runs)]
-    for statement in WHOLE:
-        ask(statement, keys=keys)
+    ask("forget", keys=keys)
     return Pruned(runs=len(keys), after=chosen.after)

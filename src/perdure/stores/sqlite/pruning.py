@@ -1,44 +1,28 @@
-"""Which ended runs go, and how much of that is done at once: a few milliseconds of the file's single writer.
-
-What may go is looked up without the write lock: an ended run never lives again, and gets no new children.
-"""
+"""Removes ended runs, a few milliseconds of the file's single writer at a time."""
 
 from __future__ import annotations
 
 import json
 from sqlite3 import Connection
+from typing import Final
 
 from perdure.core.turn import Key, Pruned, Retention
-from perdure.stores.retention import EVERY_END, LOOKED_AT, PIECE, WHOLE, Chosen
+from perdure.stores import retention as shared
+from perdure.stores.retention import EVERY_END, PIECE, Chosen, Seen
 from perdure.stores.sqlite.queries import SQL
+
+WHOLE: Final = ("forget_histories", "forget_mail", "forget_inputs", "forget_keys", "forget_runs")
 
 
 def chosen(db: Connection, retention: Retention) -> Chosen:
     """What goes next."""
     statuses = json.dumps([str.__str__(status) for status in retention.statuses or EVERY_END])
-    before = retention.ended_before
-    last, seen, late, found = db.execute(
-        SQL["may_go"],
-        (
-            before,
-            *(retention.namespace, before, statuses, retention.workflow),
-            *(retention.after, LOOKED_AT),
-        ),
-    ).fetchone()
-    going = sorted(json.loads(found)) if found else []
-    end = None if seen < LOOKED_AT or late else last
-    runs: list[Key] = []
-    room = PIECE
-    for key, events, messages in going:
-        if len(runs) == retention.limit:
-            return Chosen(runs, None, runs[-1])
-        if not retention.dry_run and events + messages > room:
-            if runs:
-                return Chosen(runs, None, runs[-1])
-            return Chosen([], (key, events, messages), key - 1)
-        room -= events + messages
-        runs.append(key)
-    return Chosen(runs, None, end)
+    asked = (retention.namespace, retention.ended_before, statuses, retention.workflow)
+
+    def look(after: Key, number: int) -> list[Seen]:
+        return db.execute(SQL["may_go"], (*asked, after, number)).fetchall()
+
+    return shared.chosen(look, retention)
 
 
 def remove(db: Connection, chosen: Chosen) -> Pruned:
