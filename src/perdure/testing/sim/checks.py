@@ -32,7 +32,9 @@ from perdure.core.turn import (
     Kept,
     MailboxFull,
     MoreMail,
+    Pruned,
     Reaped,
+    Retention,
     Row,
     Send,
     Turn,
@@ -186,6 +188,7 @@ class Checks:
         self.sent: dict[tuple[str, str], str] = {}
         self.keys: dict[tuple[str, str], int] = {}  # (workflow, idempotency key) -> run
         self.terminated: set[str] = set()
+        self.pruned: set[str] = set()
 
     # --- calls ---
 
@@ -353,6 +356,31 @@ class Checks:
         if reaped.runs:
             self.world.sometimes["reaped"] += 1
         return reaped
+
+    def prune(self, retention: Retention) -> Pruned:
+        """Only what has ended long enough ago goes, whole, and nothing that a live run may still ask about."""
+        store = self.store
+        rows = {key: run.row for key, run in store._runs.items()}
+        pruned = store.prune(retention)
+        gone = rows.keys() - store._runs.keys()
+        for key in gone:
+            row = rows[key]
+            if row.ended_at is None or row.ended_at >= retention.ended_before:
+                raise Violation("INV-7", f"{row.id} was pruned, and ended at {row.ended_at}")
+            above = None if row.parent is None else rows.get(row.parent)
+            if above is not None and above.ended_at is None and row.parent_close == "cancel":
+                raise Violation("INV-7", f"{row.id} was pruned, and {above.id}, which it ends with, lives")
+            if any(other.parent == key and other.ended_at is None for other in rows.values()):
+                raise Violation("INV-7", f"{row.id} was pruned, and a child of it lives")
+            self.pruned.add(row.id)
+            self.world.sometimes["pruned"] += 1
+        if pruned.runs != len(gone) or pruned.runs > retention.limit:
+            raise Violation("INV-7", f"{len(gone)} runs were pruned, {pruned.runs} are said to be")
+        kept = {run for run, _ in store._idempotency.values()} | store._children.keys()
+        if gone & kept or gone & set(store._newest.values()):
+            raise Violation("INV-25", "something is kept of a run that was pruned")
+        self._look("prune", {})
+        return pruned
 
     def watched(self, name: str, call: Callable[..., Any], *args: Any) -> Any:
         answer = call(*args)
@@ -701,14 +729,18 @@ class Checks:
             self._quarantine(shadow)
         store = self.store
         for id, workflow in self.started.items():
+            if id in self.pruned:
+                continue
             key = store._newest.get(("default", id))
             if key is None or store._runs[key].row.workflow != workflow:
                 raise Violation("INV-7", f"the start of {id} was acknowledged, and there is no such run")
         for (id, message), kind in self.sent.items():
+            if id in self.pruned:
+                continue
             run = store._runs[store._newest["default", id]]
             if message not in run.accepted and not (kind == "cancel" and run.row.ended_at is not None):
                 raise Violation("INV-7", f"{kind} {message} to {id} was acknowledged and is not there")
-        for id in self.terminated:
+        for id in self.terminated - self.pruned:
             if store._runs[store._newest["default", id]].row.ended_at is None:
                 raise Violation("INV-7", f"{id} was terminated and lives")
         for worker in {run.row.owner for run in store._runs.values() if run.row.owner is not None}:

@@ -21,7 +21,9 @@ from perdure.core.turn import (
     Lease,
     Mail,
     ParentLink,
+    Pruned,
     Reaped,
+    Retention,
     Row,
     Send,
     Start,
@@ -83,6 +85,15 @@ class Mirrored(MemoryStore):
 
     def retire(self, incarnation: str) -> int:
         return self._both("retire", super().retire, self.other.retire, incarnation)
+
+    def prune(self, retention: Retention) -> Pruned:
+        before = set(self._runs)
+        pruned = super().prune(retention)
+        other = self.other.prune(retention)
+        self._same("prune", pruned.runs, other.runs)
+        left = self.other.rows([self._there[key] for key in before - self._runs.keys()])
+        self._same("what was pruned and is there", [], [row.id for row in left])
+        return pruned
 
     # --- at the end ---
 

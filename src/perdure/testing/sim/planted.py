@@ -203,6 +203,15 @@ def _no_key_known(original: Any) -> Any:
     return lambda self, start, now: None
 
 
+def _pruned_alone(original: Any) -> Any:
+    """Without regard for parents and children."""
+
+    def may_go(self: MemoryStore, row: Any, retention: Any) -> bool:
+        return row.ended_at is not None and row.ended_at < retention.ended_before
+
+    return may_go
+
+
 def _too_late(original: Any) -> Any:
     return lambda self: False
 
@@ -231,6 +240,7 @@ PLANTED: Final[dict[str, Patch]] = {
     "what is overdue judged by the worker's clock": (claiming, "STRIKES", lambda original: 0),
     "a cancelled child told as terminated": (residents, "telling_parent", _told_as_terminated),
     "every idempotency key forgotten": (MemoryStore, "_run_of_key", _no_key_known),
+    "a child pruned while its parent lives": (MemoryStore, "_may_go", _pruned_alone),
 }
 
 RARE: Final[dict[str, Patch]] = {

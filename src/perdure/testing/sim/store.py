@@ -21,8 +21,10 @@ from perdure.core.turn import (
     Key,
     Lease,
     Mail,
+    Pruned,
     Query,
     Reaped,
+    Retention,
     Row,
     Turn,
     Verdict,
@@ -108,6 +110,9 @@ class SimStore:
     def retire(self, incarnation: str) -> int:
         count: int = self._call("retire", lambda: self.world.checks.watched("retire", self.real.retire, incarnation))
         return count
+
+    def prune(self, retention: Retention) -> Pruned:
+        return self._call("prune", lambda: self.world.checks.prune(retention))
 
     # --- calls that only read ---
 

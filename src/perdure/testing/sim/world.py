@@ -36,7 +36,7 @@ from perdure.core.errors import (
 )
 from perdure.core.limits import Limits
 from perdure.core.status import Status
-from perdure.core.turn import Batch, Mail, Send
+from perdure.core.turn import Batch, Mail, Retention, Send
 from perdure.runtime.registry import Registry, Workflow
 from perdure.stores.contract import Store
 from perdure.stores.memory import MemoryStore
@@ -619,6 +619,9 @@ class World:
                 planned.append((begins + tape.choose(20, "when") * 300_000, "cancel", {"id": f"run-{i + 1}"}))
             if tape.choose(8, "terminate?") == 7:
                 planned.append((begins + tape.choose(20, "when") * 300_000, "terminate", {"id": f"run-{i + 1}"}))
+            if tape.choose(6, "prune?") == 5:
+                ages = {"age": (0, 1, 10)[tape.choose(3, "how old")], "limit": (100, 1)[tape.choose(2, "how many")]}
+                planned.append((begins + tape.choose(30, "when") * 300_000, "prune", ages))
             if tape.choose(4, "look?") == 3:
                 planned.append((begins + tape.choose(20, "when") * 300_000, "result", {"id": f"run-{i + 1}"}))
         planned.sort(key=lambda each: each[0])
@@ -627,7 +630,7 @@ class World:
     def operate(self) -> None:
         """The next planned operation, in one of the living processes."""
         places = [p for p in self.processes if not p.down and not p.leaving]
-        if not places:
+        if not places or (self.operations[0][1] == "prune" and self._may_start()):
             _, name, facts = self.operations.pop(0)
             self.operations.append((self.time + SECOND, name, facts))
             return
@@ -637,6 +640,11 @@ class World:
         task = process.loop.create_task(self._operation(process, name, facts))
         self.running[task] = process
         task.add_done_callback(lambda done: self.running.pop(done, None))
+
+    def _may_start(self) -> bool:
+        """Whether somebody may still start a run again: what is kept is kept for longer than that."""
+        starts = any(name == "start" for _, name, _ in self.operations)
+        return starts or bool(self.running or self.network)
 
     async def _operation(self, process: Process, name: str, facts: dict[str, Any]) -> None:
         if process.down:
@@ -684,6 +692,12 @@ class World:
         await handle.terminate("stop")
         self.checks.terminated.add(handle.id)
         self.sometimes["terminated"] += 1
+
+    async def _do_prune(self, process: Process, facts: dict[str, Any]) -> None:
+        retention = Retention(
+            namespace="default", ended_before=self.store.now() - facts["age"] * SECOND, limit=facts["limit"]
+        )
+        await process.core.read(lambda: process.store.prune(retention))
 
     async def _do_result(self, process: Process, facts: dict[str, Any]) -> None:
         handle = self._handle(process, facts)
