@@ -1,4 +1,4 @@
-"""How PostgreSQL finds what the statements ask for: by an index, in a new store, an analysed one and a large one."""
+"""How PostgreSQL finds what the statements ask for: by an index, in a new store, a young, an analysed, a large one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from perdure.core.turn import Announced, Announcement, Batch, Send, Start
+from perdure.core.turn import Announced, Announcement, Batch, Send, Start, Verdict
 from perdure.stores.postgres import PostgresStore
 from perdure.stores.postgres.connections import set_session
 from perdure.stores.postgres.queries import Statement, statements
@@ -18,6 +18,9 @@ from tests import servers
 WHOLE = {"settle", "mail_of_owner", "newest_of_owner", "due", "close_graves", "patrol", "serving", "bury", "announced",
          "home", "server"}  # fmt: skip
 """Statements that may walk along an index of what is in flight, or along a table of incarnations."""
+
+EVER_LONGER = {"runs_pkey", "runs_id", "runs_status", "runs_parent", "mail_id", "history_seq"}
+"""Indexes that hold what has ended too: nobody walks along these."""
 
 BY_KEY = {
     "commit_turns": "runs_pkey",
@@ -66,12 +69,14 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from nodes(below)
 
 
-@pytest.fixture(scope="module", params=["new", "analysed", "large"])
+@pytest.fixture(scope="module", params=["new", "young", "analysed", "large"])
 def looked(request: pytest.FixtureRequest, database: servers.Database) -> Iterator[Looked]:
     with servers.schema(database) as schema:
         store = PostgresStore(database.url, schema=schema)
         if request.param in ("analysed", "large"):
             fill(store)
+        if request.param == "young":
+            begin(store, None)
         store.close()
         with psycopg.connect(database.url, autocommit=True, prepare_threshold=None) as db:
             if request.param == "large":
@@ -82,7 +87,17 @@ def looked(request: pytest.FixtureRequest, database: servers.Database) -> Iterat
                     f"FROM {schema}.runs AS run, generate_series(1, 50000) AS n "
                     f"WHERE run.key = (SELECT min(key) FROM {schema}.runs)".encode()
                 )
-            if request.param != "new":
+            if request.param == "young":
+                # Some thousand runs have ended, and nobody has ever got mail: its table will not be analysed.
+                db.execute(
+                    f"INSERT INTO {schema}.runs SELECT (jsonb_populate_record(run, jsonb_build_object("
+                    "'key', 1000000 + n, 'id', 'ended-' || n, 'status', 'completed', 'ended_at', 1, 'due_at', NULL"
+                    "))).* "
+                    f"FROM {schema}.runs AS run, generate_series(1, 2000) AS n "
+                    f"WHERE run.key = (SELECT min(key) FROM {schema}.runs)".encode()
+                )
+                db.execute(f"ANALYZE {schema}.runs".encode())
+            elif request.param != "new":
                 for table in ("runs", "mail", "history", "workers", "inputs", "idempotency"):
                     db.execute(f"ANALYZE {schema}.{table}".encode())
             set_session(db, local=False)
@@ -96,15 +111,19 @@ def fill(store: PostgresStore) -> None:
         )
     )
     for owner in ("w", None):
-        starts = [
-            Start(
-                namespace="n", id=f"{owner}-{n}", workflow="orders", input="[[],{}]", digest="d", seed=f"{owner}-{n}",
-                event="{}", owner=owner, idempotency_key=f"{owner}-{n}", deadline_at=n + 1,
-            )
-            for n in range(50)
-        ]  # fmt: skip
-        verdicts = store.write(Batch(starts=starts))
+        verdicts = begin(store, owner)
         store.write(Batch(sends=[Send(to=begun.run, id="m", kind="signal") for begun in verdicts]))  # type: ignore[union-attr]
+
+
+def begin(store: PostgresStore, owner: str | None) -> list[Verdict]:
+    starts = [
+        Start(
+            namespace="n", id=f"{owner}-{n}", workflow="orders", input="[[],{}]", digest="d", seed=f"{owner}-{n}",
+            event="{}", owner=owner, idempotency_key=f"{owner}-{n}", deadline_at=n + 1,
+        )
+        for n in range(50)
+    ]  # fmt: skip
+    return store.write(Batch(starts=starts))
 
 
 @pytest.mark.parametrize("name", sorted(statements("perdure").keys()))
@@ -113,17 +132,17 @@ def test_no_statement_walks_along_a_table(looked: Looked, name: str) -> None:
     assert [walk for walk in walks if walk not in ("migrations", "store", "workers", "pledges")] == []
 
 
-@pytest.mark.parametrize("name", sorted(statements("perdure").keys() - WHOLE))
+@pytest.mark.parametrize("name", sorted(statements("perdure").keys()))
 def test_no_statement_walks_along_an_index(looked: Looked, name: str) -> None:
     """An index without a condition is a table in another order."""
-    walks = [
-        (node["Index Name"], node["Node Type"])
+    walks = {
+        node["Index Name"]
         for node in looked.plan(looked.statements[name])
         if node["Node Type"] in ("Index Scan", "Index Only Scan", "Bitmap Index Scan")
         and "Index Cond" not in node
         and node.get("Alias") != "worker"
-    ]
-    assert walks == []
+    }
+    assert (walks & EVER_LONGER if name in WHOLE else walks) == set()
 
 
 @pytest.mark.parametrize(("name", "index"), sorted(BY_KEY.items()))

@@ -2,12 +2,12 @@
 -- Let messages that call, for runs that nobody owns, rest: those that wake their run make it due, and the others wait
 -- until it is claimed. Mail wakes a run that waits; it does not start one before its time, unless it asks it to end; it
 -- does not help one that is blocked. Done by whoever looks for work, never by who sends. A run that somebody else has
--- locked is left to the next who looks.
+-- locked is left to the next who looks. (An array, and below a subquery for each message instead of a join: so that the
+-- planner cannot begin with the runs, of which it would look at all that have ended.)
 WITH called AS MATERIALIZED (
-    SELECT run.key, run.status
-    FROM (SELECT DISTINCT mail.run FROM perdure.mail AS mail WHERE mail.calls) AS calling
-    JOIN perdure.runs AS run ON run.key = calling.run
-    WHERE run.owner IS NULL
+    SELECT run.key, run.status FROM perdure.runs AS run
+    WHERE run.key = ANY(ARRAY(SELECT DISTINCT mail.run FROM perdure.mail AS mail WHERE mail.calls))
+        AND run.owner IS NOT DISTINCT FROM NULL
     ORDER BY run.key
     FOR NO KEY UPDATE OF run SKIP LOCKED
 ), woken AS (
@@ -110,12 +110,13 @@ SELECT
         ORDER BY run.due_at LIMIT 1
     )),
     EXISTS (
-        SELECT 1 FROM perdure.mail AS mail JOIN perdure.runs AS run ON run.key = mail.run
-        WHERE mail.calls AND run.owner IS NULL
+        SELECT 1 FROM perdure.mail AS mail
+        WHERE mail.calls AND (SELECT run.owner IS NULL FROM perdure.runs AS run WHERE run.key = mail.run)
     ),
     EXISTS (
-        SELECT 1 FROM perdure.mail AS mail JOIN perdure.runs AS run ON run.key = mail.run
-        WHERE mail.calls AND run.owner IS NOT DISTINCT FROM $incarnation::text
+        SELECT 1 FROM perdure.mail AS mail
+        WHERE mail.calls
+            AND (SELECT run.owner = $incarnation::text FROM perdure.runs AS run WHERE run.key = mail.run)
     )
 FROM unnest($queues::text[]) AS queue (name)
 CROSS JOIN unnest($names::text[], $kinds::text[]) AS served (name, kind);

@@ -31,14 +31,16 @@ SELECT run, event FROM perdure.history WHERE run = ANY($keys::int8[]) ORDER BY r
 
 -- name: mail_of_owner
 -- Unread mail of the runs of one incarnation: all of it calls.
-SELECT /* message */ FROM perdure.mail AS mail JOIN perdure.runs AS run ON run.key = mail.run
-WHERE mail.calls AND mail.unread AND run.owner IS NOT DISTINCT FROM $incarnation::text
+SELECT /* message */ FROM perdure.mail AS mail
+WHERE mail.calls AND mail.unread
+    AND (SELECT run.owner = $incarnation::text FROM perdure.runs AS run WHERE run.key = mail.run)
 ORDER BY mail.run, mail.position;
 
 -- name: newest_of_owner
 -- The position of the newest unread message of an incarnation's runs.
-SELECT max(mail.position) FROM perdure.mail AS mail JOIN perdure.runs AS run ON run.key = mail.run
-WHERE mail.calls AND mail.unread AND run.owner IS NOT DISTINCT FROM $incarnation::text;
+SELECT max(mail.position) FROM perdure.mail AS mail
+WHERE mail.calls AND mail.unread
+    AND (SELECT run.owner = $incarnation::text FROM perdure.runs AS run WHERE run.key = mail.run);
 
 -- name: mail_of_runs
 -- Unread mail of a list of runs.

@@ -25,7 +25,7 @@ WHERE worker.dead = 1 AND backend.datname = current_database() AND backend.usena
 -- Who has been dead for an hour and owns nothing will never be given anything: no transaction of its time is open.
 UPDATE perdure.workers AS worker SET dead = 2
 WHERE worker.dead = 1 AND worker.dead_at < $now::int8 - 3600000000
-    AND NOT EXISTS (SELECT 1 FROM perdure.runs AS run WHERE run.owner = worker.incarnation);
+    AND (SELECT true FROM perdure.runs AS run WHERE run.owner = worker.incarnation LIMIT 1) IS NULL;
 
 -- name: disconnected
 -- A fragment: whether a worker's connection is not there any more; NULL if nothing is known of it. One that we may not
@@ -39,13 +39,14 @@ worker.backend IS NOT NULL AND worker.backend_start >= pg_postmaster_start_time(
 -- name: patrol
 -- What a round has to look after: whether a lease ran out or a dead worker still owns runs; when the next run is out of
 -- time, and whether one has killed its workers; whether others are at work; and which living incarnations' connections
--- are not there any more, with their last beats.
+-- are not there any more, with their last beats. (A subquery for each worker, which the planner cannot begin with.)
 SELECT
     EXISTS (
         SELECT 1 FROM perdure.workers AS worker WHERE worker.dead = 0 AND worker.beat_at + worker.ttl < $now::int8
     ) OR EXISTS (
-        SELECT 1 FROM perdure.workers AS worker JOIN perdure.runs AS run ON run.owner = worker.incarnation
+        SELECT 1 FROM perdure.workers AS worker
         WHERE worker.dead = 1
+            AND (SELECT true FROM perdure.runs AS run WHERE run.owner = worker.incarnation LIMIT 1)
     ),
     (
         SELECT run.deadline_at FROM perdure.runs AS run WHERE run.deadline_at IS NOT NULL AND run.ended_at IS NULL
@@ -57,8 +58,9 @@ SELECT
             AND run.status <> 'quarantined'
     ),
     EXISTS (
-        SELECT 1 FROM perdure.workers AS worker JOIN perdure.runs AS run ON run.owner = worker.incarnation
+        SELECT 1 FROM perdure.workers AS worker
         WHERE worker.dead = 0 AND worker.incarnation <> ALL($own::text[])
+            AND (SELECT true FROM perdure.runs AS run WHERE run.owner = worker.incarnation LIMIT 1)
     ),
     coalesce(array_agg(gone.incarnation), '{}'), coalesce(array_agg(gone.beat_at), '{}'),
     coalesce(array_agg(gone.backend), '{}')
