@@ -333,13 +333,42 @@ class Core:
         """Write a start with the next batch and wait for its verdict; what this process owns begins at once."""
         assert self.loop is not None
         assert self.committer is not None
-        starting = _Starting(self.shift if start.owner is not None else None, start, event, self.loop.create_future())
-        self.committer.start(start, starting.answered)
-        self.kick()
-        verdict = await starting.future
-        if isinstance(verdict, PerdureError):
-            raise verdict
-        return verdict
+        shift = self.shift if start.owner is not None else None
+        until = self.loop.time() + PATIENCE
+        while True:
+            starting = _Starting(shift, start, event, self.loop.create_future())
+            self.committer.start(start, starting.answered)
+            self.kick()
+            verdict = await starting.future
+            if isinstance(verdict, PerdureError):
+                raise verdict
+            if not isinstance(verdict, Busy):
+                return verdict
+            await self._wait_for_others(
+                until, f"The start of run {start.id}", "started a run with its id or idempotency key"
+            )
+
+    async def sent(self, send: Send) -> Any:
+        """Write a message with the next batch and wait for its verdict."""
+        await self.open()
+        assert self.loop is not None
+        until = self.loop.time() + PATIENCE
+        while True:
+            verdict = await self.write(lambda committer, answer: committer.send(send, answer))
+            if not isinstance(verdict, Busy):
+                return verdict
+            await self._wait_for_others(until, f"The message {send.id}", "sent one with its id")
+
+    async def _wait_for_others(self, until: float, what: str, why: str) -> None:
+        """Wait a moment for an open transaction that has written the same; StoreLocked once it is too late."""
+        assert self.loop is not None
+        if self.loop.time() >= until:
+            raise StoreLocked(
+                f"{what} was not written within {PATIENCE:g} s. An open transaction has {why}, and nobody knows yet "
+                "whether it will be there. Try again when that has ended.",
+                store=self.store.url,
+            )
+        await asyncio.sleep(0.05)
 
     async def row(self, run_id: str) -> Row:
         """The newest generation of a run; RunNotFound."""
@@ -736,6 +765,8 @@ def _status(given: Status | str) -> Status:
 
 TERMINATES_WITHIN: Final = 30.0
 """Seconds that `terminate` tries."""
+PATIENCE: Final = 10.0
+"""Seconds that a start or a message waits for an open transaction that has written the same."""
 
 
 _ANY: Final = plan()
@@ -880,7 +911,7 @@ class RunHandle(Generic[R]):
             await self._core.open()
             [verdict] = await callers.write(self._core.store, Batch(sends=[send]))
         else:
-            verdict = await self._core.write(lambda committer, answer: committer.send(send, answer))
+            verdict = await self._core.sent(send)
         if isinstance(verdict, NotFound):
             raise RunNotFound(self.id, namespace=self._core.namespace)
         if isinstance(verdict, Finished) and not quiet:

@@ -301,7 +301,11 @@ class MoreMail(_Fact, frozen=True, kw_only=True):
 
 
 class Busy(_Fact, frozen=True, kw_only=True):
-    """A sender's open transaction holds the run's end up: nothing was written, try again in 50 ms."""
+    """Somebody's open transaction holds the item up: nothing was written, try again in 50 ms.
+
+    A sender's does so to the end of its run, and one that has written the same id, key or message to a start or a
+    message. run: the turn's; 0 for those.
+    """
 
     run: Key
 
@@ -313,8 +317,8 @@ class Unstorable(_Fact, frozen=True, kw_only=True):
     reason: str
 
 
-StartVerdict = Begun | Existing | Conflict | Taken
-SendVerdict = Kept | Duplicate | Finished | NotFound | MailboxFull
+StartVerdict = Begun | Existing | Conflict | Taken | Busy
+SendVerdict = Kept | Duplicate | Finished | NotFound | MailboxFull | Busy
 TurnVerdict = Committed | Fenced | MoreMail | Busy | Unstorable
 Verdict = StartVerdict | SendVerdict | TurnVerdict
 

@@ -204,9 +204,10 @@ def set_session(db: psycopg.Connection[Any], *, local: bool) -> None:
     db.execute(settings_text(local=local).encode())
 
 
-def settings_text(*, local: bool) -> str:
+def settings_text(*, local: bool, **changed: str) -> str:
     """The statement that sets a session, or a transaction."""
-    one = ", ".join(f"set_config('{name}', '{value}', {str(local).lower()})" for name, value in SETTINGS.items()
+    settings = {**SETTINGS, **changed}
+    one = ", ".join(f"set_config('{name}', '{value}', {str(local).lower()})" for name, value in settings.items()
                     if not (local and name == "default_transaction_isolation"))  # fmt: skip
     return f"SELECT {one}"
 

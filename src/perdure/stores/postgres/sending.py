@@ -2,7 +2,8 @@
 
 Sent again: when the server gave the transaction up because of others (it is gone for certain), and when the connection
 was lost (nobody knows; turns, starts and messages are known by their ids, so asking twice writes once).
-Taken apart: when the data of an item cannot be stored, which the codec should have known before.
+Taken apart: when the data of an item cannot be stored, which the codec should have known before; and when somebody's
+open transaction holds an item up, so that it alone is put off (`held.py`).
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from perdure.core.errors import StoreError
 from perdure.core.turn import (
     Batch,
     Begun,
+    Busy,
     Committed,
     Fenced,
     Kept,
+    Send,
     SendVerdict,
+    Start,
     StartVerdict,
     Turn,
     TurnVerdict,
@@ -31,6 +35,7 @@ from perdure.core.turn import (
 from perdure.stores.postgres import judging
 from perdure.stores.postgres.batch import Call, Outgoing
 from perdure.stores.postgres.errors import PACKING_ERRORS, RETRIED, lost, unfit
+from perdure.stores.postgres.held import LOCKED, MOST_WAITS, Held
 from perdure.stores.postgres.queries import Statement
 from perdure.stores.refused import item_refused
 
@@ -67,21 +72,37 @@ class Sending:
     """See the module. The first transaction is on its way when this is made."""
 
     def __init__(
-        self, writer: Way, statements: Mapping[str, Statement], clock: Callable[[], int], batch: Batch, url: str
+        self,
+        writer: Way,
+        statements: Mapping[str, Statement],
+        clock: Callable[[], int],
+        batch: Batch,
+        url: str,
+        held: Held,
     ) -> None:
         self.news = False
         """Whether somebody may wait for what was written."""
+        self.wrote = False
+        """Whether a part of the batch was written."""
+        self.waits = 0
+        """How often a part of it has waited for a lock in vain."""
         self._writer = writer
         self._statements = statements
         self._clock = clock
         self._url = url
         self._batch = batch
+        self._held = held
         # A second turn of a run can only be judged when the first one is written.
         seen: dict[int, Turn] = {}
         self._later = [turn for turn in batch.turns if seen.setdefault(turn.run, turn) is not turn]
         first = batch
         if self._later:
             first = Batch(starts=batch.starts, sends=batch.sends, turns=list(seen.values()))
+        self._put_off: list[Start | Send | Turn] = []
+        if held:
+            self._put_off = [item for item in _items(first) if held.knows(item)]
+            if self._put_off:
+                first = _without(first, self._put_off)
         self._try = _Try(self, first)
 
     def arrived(self) -> bool:
@@ -90,24 +111,26 @@ class Sending:
 
     def usual(self) -> list[Verdict] | None:
         """The verdicts, if the answers are here and say that all was written; else `finish` finds out what was."""
-        if self._later:
+        if self._later or self._put_off:
             return None
         verdicts = self._try.usual()
         return None if verdicts is None else [*verdicts[0], *verdicts[1], *verdicts[2]]
 
     def finish(self) -> list[Verdict]:
         """The verdicts, in the order of the batch."""
-        batch = self._batch
-        starts, sends, turns = self._try.verdicts()
-        if self._later:
-            judged = dict(zip((id(turn) for turn in self._try.batch.turns), turns, strict=True))
-            for turn in self._later:
-                judged[id(turn)] = self._write(Batch(turns=[turn]))[2][0]
-            turns = [judged[id(turn)] for turn in batch.turns]
-        return [*starts, *sends, *turns]
+        verdicts = self._try.all_verdicts()
+        if not self._later and not self._put_off:
+            return verdicts
+        judged = dict(zip(map(id, _items(self._try.batch)), verdicts, strict=True))
+        for item in self._put_off:
+            judged[id(item)] = self._alone(item) if self._held.may_try() else _busy(item)
+        for turn in self._later:
+            judged[id(turn)] = self._alone(turn)
+        return [judged[id(item)] for item in _items(self._batch)]
 
-    def _write(self, batch: Batch) -> tuple[list[StartVerdict], list[SendVerdict], list[TurnVerdict]]:
-        return _Try(self, batch).verdicts()
+    def _alone(self, item: Start | Send | Turn) -> Verdict:
+        self._held.remove(item)
+        return _Try(self, _batch_of([item])).all_verdicts()[0]
 
 
 class _Try:
@@ -146,16 +169,24 @@ class _Try:
         )
         return self.verdicts() if whole else None
 
+    def all_verdicts(self) -> list[Verdict]:
+        """In the order of the batch."""
+        starts, sends, turns = self.verdicts()
+        return [*starts, *sends, *turns]
+
     def verdicts(self) -> tuple[list[StartVerdict], list[SendVerdict], list[TurnVerdict]]:
         try:
             outgoing = self._written()
         except PACKING_ERRORS as error:
             return self._apart(error)
         except psycopg.Error as error:
+            if error.sqlstate == LOCKED and self._sending._writer.own:
+                return self._held_up(error)
             if not unfit(error):
                 raise
             return self._apart(error)
         self._sending.news = self._sending.news or outgoing.news
+        self._sending.wrote = True
         return self._starts(outgoing), self._sends(outgoing), self._turns(outgoing)
 
     # --- sending it until it is written
@@ -262,6 +293,28 @@ class _Try:
             )
         return _Try(self._sending, batch, depth=self._depth + 1).verdicts()
 
+    # --- what somebody holds up
+
+    def _held_up(self, error: psycopg.Error) -> tuple[list[Any], list[Any], list[Any]]:
+        """Write all but what is held up, which is found by halves."""
+        sending = self._sending
+        sending.waits += 1
+        items = _items(self.batch)
+        if sending.waits > MOST_WAITS:
+            if not sending.wrote:
+                # Not one item: somebody has locked the whole table.
+                raise error
+            verdicts: list[Any] = [_busy(item) for item in items]
+        elif len(items) > 1:
+            middle = len(items) // 2
+            halves = [_batch_of(half) for half in (items[:middle], items[middle:])]
+            verdicts = [each for half in halves for each in _Try(sending, half, depth=self._depth).all_verdicts()]
+        else:
+            sending._held.add(items[0])
+            verdicts = [_busy(items[0])]
+        starts, sends = len(self.batch.starts), len(self.batch.sends)
+        return verdicts[:starts], verdicts[starts : starts + sends], verdicts[starts + sends :]
+
     # --- what cannot be stored
 
     def _apart(self, error: Exception) -> tuple[list[StartVerdict], list[SendVerdict], list[TurnVerdict]]:
@@ -293,3 +346,25 @@ class _Try:
                 raise
             return str(error)
         return ""
+
+
+def _items(batch: Batch) -> list[Start | Send | Turn]:
+    """In the order of the verdicts."""
+    return [*batch.starts, *batch.sends, *batch.turns]
+
+
+def _batch_of(items: Sequence[Start | Send | Turn]) -> Batch:
+    return Batch(
+        starts=[item for item in items if isinstance(item, Start)],
+        sends=[item for item in items if isinstance(item, Send)],
+        turns=[item for item in items if isinstance(item, Turn)],
+    )
+
+
+def _without(batch: Batch, items: Sequence[Start | Send | Turn]) -> Batch:
+    gone = {id(item) for item in items}
+    return _batch_of([item for item in _items(batch) if id(item) not in gone])
+
+
+def _busy(item: Start | Send | Turn) -> Busy:
+    return Busy(run=item.run if isinstance(item, Turn) else 0)

@@ -43,6 +43,7 @@ from perdure.core.turn import (
 from perdure.stores import choosing
 from perdure.stores.postgres import borrowed, connections, judging, migrations, pruning
 from perdure.stores.postgres.errors import ours
+from perdure.stores.postgres.held import Held
 from perdure.stores.postgres.listening import Bell, Listener
 from perdure.stores.postgres.pipe import DISCARD, Plans
 from perdure.stores.postgres.queries import channel_of, check_schema, statements
@@ -138,6 +139,7 @@ class PostgresStore:
 
         self._writing = threading.Lock()
         self._writer: Final = Writer(self._connect_writer)
+        self._held: Final = Held()
         self._sent: Sending  # not collected yet
         self._pooled = False
         self._steps: Final = Steps(
@@ -204,7 +206,7 @@ class PostgresStore:
         self._writing.acquire()
         try:
             self._check_open()
-            self._sent = Sending(self._writer, self._statements, self._clock, batch, self.url)
+            self._sent = Sending(self._writer, self._statements, self._clock, batch, self.url, self._held)
         except BaseException:
             self._writing.release()
             raise
@@ -219,7 +221,7 @@ class PostgresStore:
         if not self._writing.acquire(blocking=False):
             return None
         try:
-            self._sent = Sending(self._writer, self._statements, self._clock, batch, self.url)
+            self._sent = Sending(self._writer, self._statements, self._clock, batch, self.url, self._held)
             return self._writer.fileno() if self._writer.connected() else -1
         except BaseException:
             self._writing.release()
@@ -267,7 +269,7 @@ class PostgresStore:
             borrowed.check(connection, self._schema, self._statements["home"], self._home, self.url)
             way = borrowed.Borrowed(connection)
             with way.savepoint():
-                sending = Sending(way, self._statements, self._clock, batch, self.url)
+                sending = Sending(way, self._statements, self._clock, batch, self.url, Held())
                 verdicts = sending.finish()
             if sending.news:
                 # Goes out when the caller's transaction commits, and only then.

@@ -13,6 +13,7 @@ import psycopg
 
 from perdure.stores.postgres.batch import Call
 from perdure.stores.postgres.connections import settings_text
+from perdure.stores.postgres.held import WAIT
 from perdure.stores.postgres.pipe import Pipe
 from perdure.stores.postgres.queries import Statement
 
@@ -93,7 +94,10 @@ class Writer:
     def _opened(self) -> Pipe:
         if self._pipe is None:
             self._db, pooled = self._connect()
+            settings = settings_text(local=pooled, lock_timeout=f"{WAIT * 1000:.0f}ms").encode()
+            if not pooled:
+                self._db.execute(settings)
             self._pipe = Pipe(self._db.pgconn, keeps_statements=not pooled)
             # Behind a pooler a session is set for one transaction only.
-            self._first = [BEGIN, settings_text(local=True).encode()] if pooled else [BEGIN]
+            self._first = [BEGIN, settings] if pooled else [BEGIN]
         return self._pipe
