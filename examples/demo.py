@@ -18,7 +18,7 @@ import urllib.request
 from pathlib import Path
 from typing import IO, Any
 
-from perdure import Client, RunHandle, UnknownWorkflow
+from perdure import Client, RunExists, RunHandle, UnknownWorkflow
 
 HERE = Path(__file__).parent
 ORDERS = {"order-1": 4200, "order-2": 990, "order-3": 12500}
@@ -88,8 +88,11 @@ async def started(client: Client, order: str, cents: int) -> RunHandle[Any]:
     until = time.monotonic() + PATIENCE
     while True:
         try:
-            handle: RunHandle[Any] = await client.options(id=order).start("fulfil", {"id": order, "cents": cents})
+            new = client.options(id=order, if_exists="fail")
+            handle: RunHandle[Any] = await new.start("fulfil", {"id": order, "cents": cents})
             return handle
+        except RunExists as error:
+            raise SystemExit(f"{error} The demo has been played in this store: give it another one.") from None
         except UnknownWorkflow:
             if time.monotonic() > until:
                 raise

@@ -854,11 +854,17 @@ class RunHandle(Generic[R]):
 
         def look() -> str:
             store = core.store
+            held = row.status not in ENDED and store.held_open(row.key)
+            if held:
+                # A commit holds it too, for some milliseconds.
+                time.sleep(0.05)
+                held = store.held_open(row.key)
             around = why_.Surroundings(
                 taken=why_.taken_from(store.announced(core.namespace)),
                 worker=None if row.owner is None else store.worker(row.owner),
                 mail=store.mailbox(row.key),
                 children={child.id: child for child in store.children(row.key)},
+                held=held,
             )
             return why_.why(row, store.now(), around)
 

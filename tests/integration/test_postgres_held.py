@@ -154,3 +154,18 @@ async def test_who_waits_too_long_is_told_what_for(
         theirs.rollback()
         await run.signal("go", 1)
         assert await run.result(timeout=30) == 1
+
+
+async def test_why_names_the_transaction_that_keeps_a_run_from_ending(
+    url: str, theirs: psycopg.Connection[Any]
+) -> None:
+    async with Engine(url, workflows=[order]) as engine:
+        run = await engine.options(id="order-1").start(order, 1)
+        assert "holds it" not in await run.why()
+        mine = engine.sync.options(connection=theirs)
+        await asyncio.to_thread(lambda: mine.handle("order-1").signal("go", "theirs"))
+        await run.signal("go", "mine")
+        assert "A transaction that is open holds it" in await run.why()
+        theirs.rollback()
+        assert await run.result(timeout=30) == "mine"
+        assert "holds it" not in await run.why()

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from perdure.cli.options import Where, ask, common
 from perdure.cli.words import json_text, say, tell
 from perdure.client import Client
+from perdure.core.errors import StoreUnavailable
 from perdure.core.retry import length, micros
 from perdure.core.status import ENDED, Status
 from perdure.core.turn import Retention
@@ -22,6 +23,8 @@ UNITS: Final = {"s": "seconds", "min": "minutes", "h": "hours", "d": "days", "w"
 BATCH: Final = 50
 REST: Final = 0.75
 """Part of the time that is left to others: a batch that took 2 ms is followed by a pause of 6 ms."""
+TRIES: Final = 3
+"""Of one batch, if the store cannot be reached meanwhile: after 1, 2 and 3 seconds."""
 PROGRESS: Final = 2.0
 """Seconds between two lines that say how far it is."""
 
@@ -82,26 +85,46 @@ def command(
             limit=BATCH,
             dry_run=dry_run,
         )
-        return await core.read(lambda: pruned(core.store, asked, limit))
+        return await core.read(lambda: pruned(core.store, asked, limit, done))
 
-    count = ask(where, act)
+    done: list[int] = []
+    try:
+        count = ask(where, act)
+    except BaseException:
+        # Also when it is interrupted: what is gone is gone.
+        if done and not dry_run:
+            tell(f"{_runs(sum(done))} removed until then. Repeat the command to go on.")
+        raise
     if where.json:
         say(json_text({"runs": count, "dry_run": dry_run}))
     else:
-        runs = "1 run" if count == 1 else f"{count:,} runs"
-        tell(f"{runs} would be removed." if dry_run else f"{runs} removed.")
+        tell(f"{_runs(count)} would be removed." if dry_run else f"{_runs(count)} removed.")
 
 
-def pruned(store: Store, asked: Retention, limit: int | None) -> int:
-    """Batch after batch, to the end or the limit; how many runs."""
-    count = 0
+def _runs(count: int) -> str:
+    return "1 run" if count == 1 else f"{count:,} runs"
+
+
+def pruned(store: Store, asked: Retention, limit: int | None, done: list[int]) -> int:
+    """Batch after batch, to the end or the limit; how many runs. done: is given the number of each batch."""
+    count = tries = 0
     began = said = time.monotonic()
     after = asked.after
     while limit is None or count < limit:
         at = time.monotonic()
         number = asked.limit if limit is None else min(asked.limit, limit - count)
-        answer = store.prune(replace(asked, limit=number, after=after))
+        try:
+            answer = store.prune(replace(asked, limit=number, after=after))
+        except StoreUnavailable:
+            # What it removed before its connection was lost is not found again.
+            tries += 1
+            if tries > TRIES:
+                raise
+            time.sleep(tries)
+            continue
+        tries = 0
         count += answer.runs
+        done.append(answer.runs)
         if answer.after is None:
             break
         after = answer.after

@@ -19,13 +19,14 @@ class Surroundings:
 
     taken: every workflow name (and activity name) that any worker ever announced, with the queues from which the
     living workers that serve it take; none if none lives. worker: name of the living owner, None if there is none.
-    mail: unread. children: the live ones, by run id.
+    mail: unread. children: the live ones, by run id. held: whether somebody's open transaction holds the run.
     """
 
     taken: Mapping[str, Collection[str]]
     worker: str | None
     mail: Sequence[Mail]
     children: Mapping[str, Row]
+    held: bool = False
 
     def serves(self, name: str) -> bool:
         """Whether a living worker serves this workflow or activity, from any queue."""
@@ -47,6 +48,8 @@ def taken_from(announced: Iterable[Announced]) -> dict[str, set[str]]:
 def why(row: Row, now: int, around: Surroundings) -> str:
     """The sentence; for a blocked run the whole report."""
     sentence = _BY_STATUS.get(row.status, _unknown)(row, now, around)
+    if around.held:
+        sentence += " A transaction that is open holds it, as one that has signalled it does: it ends only after that."
     if row.deadline_at is None or row.ended_at is not None:
         return sentence
     return f"{sentence} Its timeout ends it at {_at(row.deadline_at)} ({_due(row.deadline_at, now)})."

@@ -225,6 +225,9 @@ class Store(Protocol):
         A hint: True may be wrong, and losing every True costs latency only.
         """
 
+    def held_open(self, run: Key) -> bool:
+        """Whether somebody's open transaction holds this run's end up, as far as can be seen at this moment."""
+
     def wake(self) -> None:
         """Make a `wait` in another thread return at once."""
 

@@ -541,6 +541,9 @@ class MemoryStore:
             worker = self._workers.get(incarnation)
             return worker.announcement.name if worker is not None and _beats(worker, self.now()) else None
 
+    def held_open(self, run: Key) -> bool:
+        return False  # A transaction that has written anything holds the whole store.
+
     # --- waiting ---
 
     def wait(self, incarnation: str, queues: Sequence[str], timeout: float) -> bool:

@@ -37,7 +37,7 @@ _SAYING: Final[Mapping[str, tuple[type[StoreError], str]]] = {
     "3F000": (NotAStore, "Its schema is gone. Create it with `perdure db upgrade`, or mend schema=."),
     "40": (StoreUnavailable, "It gave the transaction up because of others. Nothing was written: try again."),
     "42501": (NotAStore, "Its role lacks a right. Grant it USAGE on the schema, and all on its tables and sequences."),
-    "42P01": (NotAStore, "Its tables are gone. Create them with `perdure db upgrade`, or mend schema=."),
+    "42P01": (NotAStore, "Tables of it are gone. See `perdure db status`, or mend schema=."),
     "53100": (StoreFull, "Its disk has no room left. Nothing was written: make room."),
     "53": (StoreUnavailable, "It has too little memory or too many connections. Nothing was written: give it more."),
     "55P03": (StoreLocked, "Somebody else holds a lock for longer than we wait. Find the open transaction."),

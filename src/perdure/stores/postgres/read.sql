@@ -47,6 +47,14 @@ WHERE mail.calls AND mail.unread
 SELECT /* message */ FROM perdure.mail AS mail WHERE mail.run = ANY($keys::int8[]) AND mail.unread
 ORDER BY mail.run, mail.position;
 
+-- name: held
+-- Whether an open transaction holds this run, so that its end has to wait.
+SELECT 0 = (
+    SELECT count(*) FROM (
+        SELECT run.key FROM perdure.runs AS run WHERE run.key = $run::int8 FOR UPDATE OF run SKIP LOCKED
+    ) AS free
+);
+
 -- name: owned
 -- The runs of one incarnation.
 SELECT run.key FROM perdure.runs AS run WHERE run.owner = $incarnation::text;

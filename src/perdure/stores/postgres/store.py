@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import psycopg
 
-from perdure.core.errors import StoreError, StoreLocked, StoreUnavailable
+from perdure.core.errors import NotAStore, StoreError, StoreLocked, StoreReadOnly, StoreUnavailable
 from perdure.core.status import Status
 from perdure.core.turn import (
     Announced,
@@ -528,6 +528,12 @@ class PostgresStore:
     def worker(self, incarnation: str) -> str | None:
         found = self._ask("worker", incarnation=incarnation, now=self._clock())
         return str(found[0][0]) if found else None
+
+    def held_open(self, run: Key) -> bool:
+        try:
+            return bool(self._ask("held", run=run)[0][0])
+        except (NotAStore, StoreReadOnly):
+            return False  # Who may only look cannot try.
 
     # --- waiting ---
 

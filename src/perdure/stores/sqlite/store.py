@@ -422,6 +422,9 @@ class SQLiteStore:
             worker = _worker(db, incarnation)
         return worker.name if worker is not None and not worker.dead and self._is_alive(worker) else None
 
+    def held_open(self, run: Key) -> bool:
+        return False  # A transaction that has written anything holds the whole store.
+
     # --- waiting ---
 
     def wait(self, incarnation: str, queues: Sequence[str], timeout: float) -> bool:
