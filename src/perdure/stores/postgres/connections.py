@@ -138,6 +138,10 @@ class Address:
         self._pause = self._next_try = 0.0
         return db
 
+    def forget(self) -> None:
+        """In a forked child: a thread of the parent's may have been connecting."""
+        self._trying = threading.Lock()
+
     def _password_now(self) -> str | None:
         if not callable(self._password):
             return self._password

@@ -123,11 +123,13 @@ class Listener:
         poll.register(db.fileno(), select.POLLIN)
         poll.register(self._wake_in, select.POLLIN)
         while not self._stopping:
-            poll.poll()
+            self._take(db)
+            # What was to be told when the last connection was lost waits for no one to say so again.
+            if not (self._told or self._heard):
+                poll.poll()
             self._drain()
             db.pgconn.consume_input()
-            while (notice := db.pgconn.notifies()) is not None:
-                self._heard = self._heard or notice.be_pid != self._own
+            self._take(db)
             if self._told:
                 self._told = False
                 db.execute("SELECT pg_notify(%s, '')", [self._channel])
@@ -135,6 +137,11 @@ class Listener:
             if self._heard:
                 self._heard = False
                 self._bell.ring()
+
+    def _take(self, db: psycopg.Connection[Any]) -> None:
+        """Those that have been read."""
+        while (notice := db.pgconn.notifies()) is not None:
+            self._heard = self._heard or notice.be_pid != self._own
 
     def _notified(self, notice: psycopg.Notify) -> None:
         """One that came while we were telling."""

@@ -35,9 +35,10 @@ DELETE FROM perdure.mail AS mail WHERE mail.run = $run::int8 AND mail.id = ANY(A
 ));
 
 -- name: forget
--- Remove runs that are held: histories, messages, large inputs, the idempotency keys that began them, and their rows.
+-- Remove runs that are held: histories, messages, large inputs, the idempotency keys that began them, and their rows. The
+-- keys go before the rows, as starts write them in that order: what nobody reads would go last.
 WITH histories AS (DELETE FROM perdure.history WHERE run = ANY($keys::int8[])),
     messages AS (DELETE FROM perdure.mail WHERE run = ANY($keys::int8[])),
     inputs AS (DELETE FROM perdure.inputs WHERE run = ANY($keys::int8[])),
-    began AS (DELETE FROM perdure.idempotency WHERE run = ANY($keys::int8[]))
-DELETE FROM perdure.runs WHERE key = ANY($keys::int8[]);
+    began AS (DELETE FROM perdure.idempotency WHERE run = ANY($keys::int8[]) RETURNING run)
+DELETE FROM perdure.runs WHERE key = ANY($keys::int8[]) AND (SELECT count(*) FROM began) >= 0;

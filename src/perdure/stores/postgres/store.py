@@ -623,6 +623,8 @@ class PostgresStore:
         """A connection on the way that is always open, checked and set."""
         db = self._address.connect(name=name)
         try:
+            # Said in each BEGIN: behind a pooler the server's default would hold.
+            db.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
             server, now = connections.ask_server(db, self.url)
             self._pooled = server.pooled
             if self._clock is self._server_clock:
@@ -752,6 +754,9 @@ class PostgresStore:
         _not_ours.append(self._listener)
         self._idle, self._reading, self._heart, self._listener = [], 0, None, None
         self._writing, self._beating, self._readers = threading.Lock(), threading.Lock(), threading.Condition()
+        for address in (self._address, self._direct):
+            if address is not None:
+                address.forget()
         self._bell = Bell()
         self._own = {}
 

@@ -180,8 +180,10 @@ class StepTransaction:
                 follows=turn.first_seq - 1,
                 events=list(events),
             )
+            # Its function may have left another, in which the record would be read as something else.
+            first = [] if session.db.info.encoding == "utf-8" else [b"SET LOCAL client_encoding TO 'UTF8'"]
             try:
-                session.pipe.send((), [record], [b"COMMIT"])
+                session.pipe.send(first, [record], [b"COMMIT"])
                 session.pipe.collect()
             except psycopg.Error as error:
                 gone = lost(error)

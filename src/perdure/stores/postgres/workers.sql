@@ -29,8 +29,10 @@ WHERE worker.dead = 1 AND worker.dead_at < $now::int8 - 3600000000
 
 -- name: disconnected
 -- A fragment: whether a worker's connection is not there any more; NULL if nothing is known of it. One that we may not
--- see has hidden columns, which is not the same as being gone. A server that started after a connection did has ended it, and no worker.
+-- see has hidden columns, which is not the same as being gone. A server that started after a connection did has ended it, and no worker;
+-- so has one that lost a process of its own, which forgets its statistics then and does not say that it started.
 worker.backend IS NOT NULL AND worker.backend_start >= pg_postmaster_start_time()
+    AND worker.backend_start >= coalesce((SELECT writer.stats_reset FROM pg_stat_bgwriter AS writer), '-infinity')
     AND NOT EXISTS (
         SELECT 1 FROM pg_stat_get_activity(worker.backend) AS session
         WHERE session.backend_start IS NULL OR session.backend_start = worker.backend_start

@@ -269,6 +269,8 @@ WITH sent AS MATERIALIZED (
         SELECT count(*) FROM perdure.mail AS other WHERE other.run = placed.run AND other.unread
     )
     ORDER BY placed.run, placed.position
+    -- Held already, but for one that was started since the targets were looked up.
+    FOR KEY SHARE OF run
     ON CONFLICT (run, id) DO NOTHING
     RETURNING position
 )
