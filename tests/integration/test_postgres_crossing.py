@@ -7,14 +7,28 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import psycopg
 import pytest
 from msgspec.structs import replace
 
 from perdure.core.errors import StoreError
-from perdure.core.turn import Batch, Begun, Busy, Claim, Committed, Finished, Kept, MoreMail, Send, Unstorable
-from perdure.stores.postgres import PostgresStore
+from perdure.core.turn import (
+    Address,
+    Batch,
+    Begun,
+    Busy,
+    Claim,
+    Committed,
+    Finished,
+    Kept,
+    MoreMail,
+    Retention,
+    Send,
+    Unstorable,
+)
+from perdure.stores.postgres import PostgresStore, pipe
 from perdure.testing.conformance.story import EVENT, NAMESPACE, announce, held, sending, start, started, unread
 from tests import servers
 
@@ -219,3 +233,50 @@ def test_a_new_owner_hears_of_mail_that_was_at_rest(opened: Open) -> None:
     [head] = claims_as(store, "worker")
     assert [message.id for message in head.mail] == ["early"]
     assert [message.id for message in store.mail("worker")] == ["early"]
+
+
+def test_a_message_holds_its_run_also_if_that_was_started_since_its_target_was_looked_for(
+    opened: Open, database: servers.Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened()
+    execute = pipe.execute
+    begun: list[Any] = []
+
+    def between(connection: Any, call: Any) -> Any:
+        if call.statement.name == "put_mail":
+            begun.append(held(store, "late"))
+        return execute(connection, call)
+
+    monkeypatch.setattr("perdure.stores.postgres.borrowed.execute", between)
+    with psycopg.connect(database.url) as caller:
+        caller.execute("SELECT 1")
+        send = Send(to=Address(namespace=NAMESPACE, id="late"), id="m", kind="signal")
+        [kept] = store.write_on(caller, Batch(sends=[send]))
+        [holder] = begun
+        assert kept == Kept(run=holder.run)
+        assert holder.writes(holder.ending()) == Busy(run=holder.run)
+        caller.commit()
+    assert holder.writes(holder.ending()) == MoreMail(run=holder.run)
+
+
+def test_a_prune_and_a_start_of_the_same_key_and_id_never_wait_in_a_circle(
+    opened: Open, database: servers.Database
+) -> None:
+    store = opened()
+    key = {"idempotency_scope": "orders", "idempotency_key": "k", "idempotency_until": 1}
+    holder = held(store, **key)
+    holder.ends()
+    asked = Retention(namespace=NAMESPACE, ended_before=store.now() + 1)
+    with psycopg.connect(database.url) as starter, ThreadPoolExecutor(1) as pool:
+        # A start takes the key first, and then the id; so does a prune, which waits for the key here.
+        schema = store._schema
+        starter.execute(f"UPDATE {schema}.idempotency SET expires_at = expires_at".encode())
+        pruned = pool.submit(store.prune, asked)
+        blocked = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'"
+        with psycopg.connect(database.url, autocommit=True) as looks:
+            while looks.execute(blocked).fetchone() == (0,):
+                assert not pruned.done()
+        [verdict] = store.write_on(starter, Batch(starts=[start(seed="another", **key)]))
+        starter.commit()
+        assert pruned.result(timeout=30).runs == 1
+    assert verdict is not None

@@ -19,7 +19,7 @@ from perdure.stores.postgres.transaction import ending
 from perdure.worker import residents
 from perdure.worker.residents import Resident
 from tests import servers
-from tests.integration.helpers import AT_ONCE, ONCE, kinds, until
+from tests.integration.helpers import AT_ONCE, ONCE, kinds, status_of, until
 
 calls: list[Any] = []
 
@@ -317,3 +317,25 @@ def test_a_connection_may_write_dates_as_it_likes(url: str, db: psycopg.Connecti
     db.execute("SELECT set_config('DateStyle', %s, false)", [style])
     own.write_on(db, Batch())
     own.close()
+
+
+def in_latin(db: psycopg.Connection[Any]) -> str:
+    db.execute("SET LOCAL client_encoding TO 'LATIN1'")
+    return "Gr\u00fc\u00dfe"
+
+
+@workflow
+async def greets(ctx: Context) -> str:
+    said: str = await ctx.step.transaction("said", in_latin)
+    await ctx.step.wait_signal("go")
+    return said
+
+
+async def test_a_step_that_leaves_another_encoding_records_what_its_code_got(url: str) -> None:
+    async with Engine(url, workflows=[greets]) as engine:
+        run = await engine.options(id="run").start(greets)
+        await status_of(run, "waiting")
+    async with Engine(url, workflows=[greets]) as engine:
+        run = engine.handle("run", returns=str)
+        await run.signal("go", 1)
+        assert await run.result(timeout=30) == "Gr\u00fc\u00dfe"

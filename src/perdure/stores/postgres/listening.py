@@ -132,7 +132,11 @@ class Listener:
             self._take(db)
             if self._told:
                 self._told = False
-                db.execute("SELECT pg_notify(%s, '')", [self._channel])
+                try:
+                    db.execute("SELECT pg_notify(%s, '')", [self._channel])
+                except BaseException:
+                    self._told = True
+                    raise
                 self._pause(SPACING)
             if self._heard:
                 self._heard = False
