@@ -263,7 +263,7 @@ def test_a_prune_and_a_start_of_the_same_key_and_id_never_wait_in_a_circle(
     opened: Open, database: servers.Database
 ) -> None:
     store = opened()
-    key = {"idempotency_scope": "orders", "idempotency_key": "k", "idempotency_until": 1}
+    key: dict[str, Any] = {"idempotency_scope": "orders", "idempotency_key": "k", "idempotency_until": 1}
     holder = held(store, **key)
     holder.ends()
     asked = Retention(namespace=NAMESPACE, ended_before=store.now() + 1)

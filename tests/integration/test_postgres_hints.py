@@ -129,3 +129,30 @@ def eventually(look: Callable[[], Any]) -> Any:
     while not (found := look()) and time.monotonic() < until:
         time.sleep(0.01)
     return found
+
+
+def test_a_worker_whose_listener_cannot_come_back_lives_by_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    database = servers.needed()
+    with servers.schema(database) as schema:
+        store, other = (PostgresStore(database.url, schema=schema) for _ in range(2))
+        announce(store, "worker")
+        run = held(store, "run", "worker").run
+        listener = store._listener
+        assert listener is not None
+
+        def refused() -> Any:
+            raise psycopg.OperationalError("no way")
+
+        listener._connect = refused
+        with psycopg.connect(database.url, autocommit=True) as db:
+            db.execute("SELECT pg_terminate_backend(%s)", [listener.backend])
+            known = f'SELECT backend FROM "{schema}".workers'.encode()
+            assert eventually(lambda: db.execute(known).fetchone() == (None,))
+            db.execute(f'UPDATE "{schema}".workers SET beat_at = beat_at - 2000000'.encode())
+        for _ in range(3):
+            other.reap()
+            time.sleep(0.45)
+        [row] = other.rows([run])
+        assert (row.owner, row.strikes) == ("worker", 0)
+        store.close()
+        other.close()

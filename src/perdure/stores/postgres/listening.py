@@ -7,6 +7,7 @@ last one was on its way. Losing every one costs latency only.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -40,8 +41,9 @@ class Bell:
 class Listener:
     """A thread that rings `bell` when another process has written, and tells others when we have.
 
-    connect: makes a direct connection. channel: the schema's. connected: called after each new connection, in the
-    listener's thread; the connection is also what others know this process to live by, so its loss is seen at once.
+    connect: makes a direct connection. channel: the schema's. changed: called after each new connection, and when one
+    that was lost could not be made again at once, in the listener's thread; the connection is also what others know
+    this process to live by, so its loss is seen at once.
     """
 
     def __init__(
@@ -50,10 +52,10 @@ class Listener:
         channel: str,
         bell: Bell,
         *,
-        connected: Callable[[], None] = lambda: None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._connect = connect
-        self._connected = connected
+        self._changed = changed
         self._channel = channel
         self._bell = bell
         self._told = False
@@ -95,6 +97,7 @@ class Listener:
 
     def _serve(self) -> None:
         pause = 0.05
+        missed = False
         while not self._stopping:
             try:
                 with self._connect() as db:
@@ -102,7 +105,7 @@ class Listener:
                     db.execute("SELECT set_config('synchronous_commit', 'off', false)")
                     db.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._channel)))
                     self._own = self.backend = db.info.backend_pid
-                    self._connected()
+                    self._changed()
                     self.first.set()
                     pause = 0.05
                     # What came while nobody listened.
@@ -112,6 +115,12 @@ class Listener:
                 if self.backend is not None:
                     log.warning("notifications are lost for a while, and polling serves instead: %s", error)
                     self.lost_at = time.monotonic()
+                    missed = True
+                elif missed:
+                    missed = False
+                    # The other connections may be there: the lease says that this process lives.
+                    with contextlib.suppress(Exception):
+                        self._changed()
                 self.backend = None
                 self._pause(pause)
                 # 50 ms doubling to 1 s: a server in trouble is not hammered.

@@ -718,7 +718,7 @@ class PostgresStore:
         """Begin to listen, where that is possible."""
         with self._readers:
             if self._listener is None and not self._closed and (self._direct is not None or not self._pooled):
-                self._listener = Listener(self._connect_direct, self._channel, self._bell, connected=self._stand_for)
+                self._listener = Listener(self._connect_direct, self._channel, self._bell, changed=self._stand_for)
 
     def _backend(self) -> int:
         """The server's process that others may know us by, or 0."""
@@ -727,7 +727,7 @@ class PostgresStore:
         return backend or 0
 
     def _stand_for(self) -> None:
-        """A new connection stands for our incarnations: others must hear of it before they miss the old one."""
+        """A new connection, or none, stands for our incarnations: others must hear of it before they miss the old."""
         with self._beating, ours(self.url):
             own = list(self._own)
             if own and not self._closed:
