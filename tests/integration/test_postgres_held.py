@@ -165,7 +165,7 @@ async def test_why_names_the_transaction_that_keeps_a_run_from_ending(
         mine = engine.sync.options(connection=theirs)
         await asyncio.to_thread(lambda: mine.handle("order-1").signal("go", "theirs"))
         await run.signal("go", "mine")
-        assert "A transaction that is open holds it" in await run.why()
+        assert "An open transaction holds it" in await run.why()
         theirs.rollback()
         assert await run.result(timeout=30) == "mine"
         assert "holds it" not in await run.why()

@@ -747,8 +747,9 @@ def test_a_forked_child_makes_connections_of_its_own(opened: Open) -> None:
 
 
 def test_a_batch_is_sent_without_waiting_and_collected_later(
-    opened: Open, database: servers.Database, schema: str
+    opened: Open, database: servers.Database, schema: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("perdure.stores.postgres.writer.WAIT", 30)
     store = opened()
     holder = held(store)
     with psycopg.connect(database.url) as other:

@@ -68,6 +68,7 @@ def said(
     children: Mapping[str, Row] | None = None,
     activities: tuple[str, ...] = (),
     queues: tuple[str, ...] = ("default",),
+    held: bool = False,
 ) -> str:
     """What `why` says of a run in these surroundings."""
     letters = [
@@ -78,8 +79,18 @@ def said(
         worker=worker,
         mail=letters,
         children=children or {},
+        held=held,
     )
     return why(of, NOW, around)
+
+
+def test_an_open_transaction_that_holds_the_run() -> None:
+    wait = Wait(kind="sleep", step="nap", since=NOW - 5 * SECOND, until=NOW + 3600 * SECOND)
+    quiet, told = said(row("waiting", wait)), said(row("waiting", wait), held=True)
+    assert told == (
+        f"{quiet} An open transaction holds it, a transaction step's of its own or one that has signalled it: "
+        "it ends only after that."
+    )
 
 
 def test_a_sleep() -> None:

@@ -49,7 +49,10 @@ def why(row: Row, now: int, around: Surroundings) -> str:
     """The sentence; for a blocked run the whole report."""
     sentence = _BY_STATUS.get(row.status, _unknown)(row, now, around)
     if around.held:
-        sentence += " A transaction that is open holds it, as one that has signalled it does: it ends only after that."
+        sentence += (
+            " An open transaction holds it, a transaction step's of its own or one that has signalled it: it ends only "
+            "after that."
+        )
     if row.deadline_at is None or row.ended_at is not None:
         return sentence
     return f"{sentence} Its timeout ends it at {_at(row.deadline_at)} ({_due(row.deadline_at, now)})."

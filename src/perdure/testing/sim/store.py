@@ -156,6 +156,9 @@ class SimStore:
     def owned(self, incarnation: str) -> list[Key]:
         return self._read("owned", lambda: self.real.owned(incarnation))
 
+    def held_open(self, run: Key) -> bool:
+        return self.real.held_open(run)
+
     def worker(self, incarnation: str) -> str | None:
         return self.real.worker(incarnation)
 
