@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from perdure import Engine, Event, Retry
+from perdure.core.turn import Announced, Announcement, Batch, Send, Start, Verdict
+from perdure.stores.contract import Store
 
 PATIENCE = 60.0
 """Seconds after which what a test waits for is taken as never coming."""
@@ -69,3 +71,27 @@ async def status_of(handle: Any, *wanted: str) -> str:
 
 def kinds(events: list[Event]) -> list[str]:
     return [event.kind for event in events]
+
+
+def fill(store: Store) -> None:
+    """A worker, and runs of its own and of nobody, each with unread mail: what plans are looked at for."""
+    store.announce(
+        Announcement(
+            incarnation="w", name="w", namespace="n", queues=["default"], serves=[Announced(name="orders")], ttl=10**9
+        )
+    )
+    for owner in ("w", None):
+        verdicts = begin(store, owner)
+        store.write(Batch(sends=[Send(to=begun.run, id="m", kind="signal") for begun in verdicts]))  # type: ignore[union-attr]
+
+
+def begin(store: Store, owner: str | None) -> list[Verdict]:
+    """Fifty runs of this owner, with idempotency keys and deadlines."""
+    starts = [
+        Start(
+            namespace="n", id=f"{owner}-{n}", workflow="orders", input="[[],{}]", digest="d", seed=f"{owner}-{n}",
+            event="{}", owner=owner, idempotency_key=f"{owner}-{n}", deadline_at=n + 1,
+        )
+        for n in range(50)
+    ]  # fmt: skip
+    return store.write(Batch(starts=starts))

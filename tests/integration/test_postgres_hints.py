@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from perdure.core.errors import StoreError
-from perdure.core.turn import Announcement
+from perdure.core.turn import Announcement, Key
 from perdure.stores.postgres import connections
 from perdure.stores.postgres.store import PostgresStore
 from perdure.testing.conformance.story import announce, held
@@ -94,11 +94,7 @@ def test_a_server_that_recovered_from_the_loss_of_a_backend_has_ended_no_worker(
                 "WHERE incarnation = 'old'",
                 known,
             )
-        for _ in range(3):
-            new.reap()
-            time.sleep(0.45)
-        [row_of_run] = new.rows([run])
-        assert (row_of_run.owner, row_of_run.strikes) == ("old", 0)
+        stays_with(new, run, "old")
         old.close()
         new.close()
 
@@ -114,6 +110,15 @@ def test_a_session_of_a_pooler_runs_at_read_committed_whatever_the_servers_defau
         with store._read() as db, db.transaction():
             assert db.execute("SHOW transaction_isolation").fetchone() == ("read committed",)
         store.close()
+
+
+def stays_with(store: PostgresStore, run: Key, worker: str) -> None:
+    """However often this store looks for the dead, the run belongs to its worker, which has no strike."""
+    for _ in range(3):
+        store.reap()
+        time.sleep(0.45)
+    [row] = store.rows([run])
+    assert (row.owner, row.strikes) == (worker, 0)
 
 
 def opened(url: str) -> PostgresStore | None:
@@ -149,10 +154,6 @@ def test_a_worker_whose_listener_cannot_come_back_lives_by_its_lease(monkeypatch
             known = f'SELECT backend FROM "{schema}".workers'.encode()
             assert eventually(lambda: db.execute(known).fetchone() == (None,))
             db.execute(f'UPDATE "{schema}".workers SET beat_at = beat_at - 2000000'.encode())
-        for _ in range(3):
-            other.reap()
-            time.sleep(0.45)
-        [row] = other.rows([run])
-        assert (row.owner, row.strikes) == ("worker", 0)
+        stays_with(other, run, "worker")
         store.close()
         other.close()

@@ -9,11 +9,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from perdure.core.turn import Announced, Announcement, Batch, Send, Start, Verdict
 from perdure.stores.postgres import PostgresStore
 from perdure.stores.postgres.connections import set_session
 from perdure.stores.postgres.queries import Statement, statements
 from tests import servers
+from tests.integration.helpers import begin, fill
 
 WHOLE = {"settle", "mail_of_owner", "newest_of_owner", "due", "close_graves", "patrol", "serving", "bury", "announced",
          "home", "server"}  # fmt: skip
@@ -102,28 +102,6 @@ def looked(request: pytest.FixtureRequest, database: servers.Database) -> Iterat
                     db.execute(f"ANALYZE {schema}.{table}".encode())
             set_session(db, local=False)
             yield Looked(db, schema)
-
-
-def fill(store: PostgresStore) -> None:
-    store.announce(
-        Announcement(
-            incarnation="w", name="w", namespace="n", queues=["default"], serves=[Announced(name="orders")], ttl=10**9
-        )
-    )
-    for owner in ("w", None):
-        verdicts = begin(store, owner)
-        store.write(Batch(sends=[Send(to=begun.run, id="m", kind="signal") for begun in verdicts]))  # type: ignore[union-attr]
-
-
-def begin(store: PostgresStore, owner: str | None) -> list[Verdict]:
-    starts = [
-        Start(
-            namespace="n", id=f"{owner}-{n}", workflow="orders", input="[[],{}]", digest="d", seed=f"{owner}-{n}",
-            event="{}", owner=owner, idempotency_key=f"{owner}-{n}", deadline_at=n + 1,
-        )
-        for n in range(50)
-    ]  # fmt: skip
-    return store.write(Batch(starts=starts))
 
 
 @pytest.mark.parametrize("name", sorted(statements("perdure").keys()))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from perdure.core.turn import Announced, Announcement, Batch, Send, Start
 from perdure.stores.sqlite import SQLiteStore
 from perdure.stores.sqlite.queries import SQL
+from tests.integration.helpers import fill
 
 FRAGMENTS = {"columns", "message"}
 
@@ -45,24 +45,6 @@ def db(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sqlite3.Conne
         db = sqlite3.connect(tmp_path / "runs.db")
     yield db
     db.close()
-
-
-def fill(store: SQLiteStore) -> None:
-    store.announce(
-        Announcement(
-            incarnation="w", name="w", namespace="n", queues=["default"], serves=[Announced(name="orders")], ttl=10**9
-        )
-    )
-    for owner in ("w", None):
-        starts = [
-            Start(
-                namespace="n", id=f"{owner}-{n}", workflow="orders", input="[[],{}]", digest="d", seed=f"{owner}-{n}",
-                event="{}", owner=owner, idempotency_key=f"{owner}-{n}", deadline_at=n + 1,
-            )
-            for n in range(50)
-        ]  # fmt: skip
-        verdicts = store.write(Batch(starts=starts))
-        store.write(Batch(sends=[Send(to=begun.run, id="m", kind="signal") for begun in verdicts]))  # type: ignore[union-attr]
 
 
 def plan(db: sqlite3.Connection, statement: str) -> list[str]:
